@@ -1,0 +1,180 @@
+"""
+nanoGPT's command line, made strict:
+
+    python train.py [config/x.py ...] [--key=value ...]
+
+Arguments apply from left to right, so the last one wins. Keys are the fields of a frozen dataclass,
+typed int, float, bool, str or Literal["a", "b"]. `--batch-size` equals `--batch_size`, a bare `--flag`
+is `--flag=True`, and strings are taken as they stand. A config file holds lines `name = value`; a value
+is made of numbers, strings, True, False, names assigned above it, and + - * / // % ** on numbers. It is
+parsed, never executed. A name that begins with an underscore is the file's own helper, not an option.
+"""
+
+import ast
+import difflib
+import glob
+import inspect
+import io
+import math
+import operator
+import shlex
+import sys
+import tokenize
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+BOOLS = {"True": True, "true": True, "False": False, "false": False}
+
+
+class UserError(SystemExit):
+    """A mistake of the user's. Uncaught, it prints its one line to stderr and exits with status 1, no traceback."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))  # one line, whatever the user's text held
+
+
+def configure(cls, argv=None, usage=""):
+    """
+    The instance of the dataclass `cls` that the command line `argv` (default: sys.argv[1:]) asks for.
+
+    `--help` prints `usage` and every field, then exits with 0. Raises UserError for any mistake;
+    `cls.__post_init__` may raise it too, for combinations that cannot work.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(_help(cls, usage))
+        raise SystemExit(0)
+    kinds, defaults, values = get_type_hints(cls), {f.name: f.default for f in fields(cls)}, {}
+
+    def put(name, value, place="", dashes="--"):  # place: "config/x.py:3: " for a line of a file
+        if name not in defaults:
+            near = _did_you_mean(name, defaults, dashes)
+            raise UserError(f"error: {place}unknown option {dashes}{name}{near} (--help lists all)")
+        values[name] = _checked(value, kinds[name], defaults[name], place + dashes + name)
+
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")  # --start=a=b: the value is a=b
+            name = key.replace("-", "_")
+            if not equals and kinds.get(name) is bool:
+                text = "True"
+            elif not equals and name in defaults:
+                raise UserError(f"error: --{name} needs =VALUE, as in --{name}={shlex.quote(str(defaults[name]))}")
+            put(name, _from_text(text, kinds.get(name)))
+        elif arg.endswith(".py") and not arg.startswith("-"):
+            for name, (value, line) in _read_config(arg).items():
+                if not name.startswith("_"):
+                    put(name, value, f"{arg}:{line}: ", dashes="")
+        else:
+            raise UserError(f"error: {arg!r} is neither --key=value nor a config file such as config/x.py (see --help)")
+    return cls(**values)
+
+
+def _did_you_mean(word, known, dashes=""):
+    """'; did you mean --learning_rate?', or '' if nothing known looks like `word`."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {dashes}{near[0]}?" if near else ""
+
+
+def _from_text(text, kind):
+    """What `text` on the command line means to a field of type `kind`; `text` itself if it means nothing."""
+    try:
+        return BOOLS.get(text, text) if kind is bool else kind(text) if kind in (int, float) else text
+    except ValueError:
+        return text  # _checked refuses it
+
+
+def _is_number(value):
+    """A 64-bit int or a finite float; neither a bool nor a nan."""
+    return type(value) is int and abs(value) < 2**63 or type(value) is float and math.isfinite(value)
+
+
+def _checked(value, kind, default, name):
+    """`value` if it is of type `kind` (an int becomes a float where one is wanted), else a UserError about `name`."""
+    choices = get_args(kind)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if value in choices or type(value) is kind and (kind in (bool, str) or _is_number(value)):
+        return value
+    expected = {int: f"an integer such as {default}", float: f"a finite number such as {default}",
+                str: f"a string such as {default!r}", bool: "True or False",
+                }.get(kind, f"one of {', '.join(choices)}{_did_you_mean(str(value), choices)}")
+    raise UserError(f"error: {name} is {value!r:.80}, expected {expected}")
+
+
+def _read_config(path):
+    """{name: (value, line number)} of a config file."""
+    values, line = {}, 1
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
+        for node in tree.body[ast.get_docstring(tree) is not None:]:
+            line = node.lineno
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)], value=expression) if name not in values:
+                    values[name] = _evaluate(expression, values), line
+                case ast.Assign(targets=[ast.Name(id=name)]):
+                    raise ValueError(f"{name} is already set on line {values[name][1]}; keep one of the two")
+                case _:
+                    raise ValueError(f"expected name = value, found {ast.unparse(node):.80}")
+    except OSError as e:
+        raise UserError(f"error: cannot read {path}: {e.strerror}{_did_you_mean(path, glob.glob('config/*.py'))}")
+    except SyntaxError as e:
+        raise UserError(f"error: {path}:{e.lineno or 1}: {e.msg}; expected lines of name = value")
+    except (ValueError, ArithmeticError, RecursionError, MemoryError) as e:
+        raise UserError(f"error: {path}:{line}: {str(e) or 'nested too deeply'}")
+    return values
+
+
+def _power(a, b):
+    """a ** b, or inf where that would be huge (and slow)."""
+    return math.inf if a and b * math.log2(abs(a)) > 1023 else a**b
+
+
+ARITHMETIC = {ast.USub: operator.neg, ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: _power}
+
+
+def _evaluate(node, names):
+    """The value of an expression of literals, names assigned above and arithmetic; ValueError if it holds more."""
+    match node:
+        case ast.Constant(value=bool() | str() as value):
+            return value
+        case ast.Constant(value=int() | float() as value):
+            pass
+        case ast.Name(id=name) if name in names:
+            return names[name][0]
+        case ast.BinOp(op=op) | ast.UnaryOp(op=op) if type(op) in ARITHMETIC:
+            operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+            numbers = [_evaluate(operand, names) for operand in operands]
+            value = ARITHMETIC[type(op)](*numbers) if all(map(_is_number, numbers)) else None
+        case _:
+            near = _did_you_mean(node.id, [*names, "True", "False"]) if isinstance(node, ast.Name) else ""
+            raise ValueError('expected a number, a "string", True, False, a name assigned above or arithmetic, '
+                             f"found {ast.unparse(node):.80}{near}")
+    if not _is_number(value):
+        raise ValueError(f"{ast.unparse(node):.80} is not arithmetic on finite numbers of 64 bits")
+    return value
+
+
+def _help(cls, usage):
+    """`usage`, then each field: option and default, type, and the comment behind it, under the headings above it."""
+    notes = {}
+    for base in (c for c in reversed(cls.__mro__) if is_dataclass(c)):
+        source = inspect.getsource(base)  # `cls` stands at the top level of a file
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
+        tree = ast.parse(source).body[0]
+        above = tree.lineno
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign):
+                headings = ["\n" + comments[i] for i in range(above + 1, node.lineno) if i in comments]
+                notes[node.target.id] = headings, comments.get(node.end_lineno, "")
+            above = node.end_lineno
+    rows = [(usage or "").strip(), "\nOptions, with their defaults:"]
+    for f in fields(cls):
+        headings, comment = notes.get(f.name, ([], ""))
+        kind = get_type_hints(cls)[f.name]
+        option, kind = f"--{f.name}={shlex.quote(str(f.default))}", "|".join(get_args(kind)) or kind.__name__
+        rows += [*headings, f"  {option:<30} {kind:<5}  {comment}".rstrip()]
+    return "\n".join(rows).strip()

@@ -1,0 +1,292 @@
+"""
+Does more compute help? Exact match and teacher-forced accuracy against steps, on unseen problems.
+
+    python evaluate.py --out_dir=out/demo_l2d --steps=1,2,4,8,16
+    python evaluate.py --out_dir=out/l2d_gsm8k --split=test --steps=1,16 --solver=midpoint
+    python evaluate.py --out_dir=out/demo_l2d --plot --controls=out/demo_lora,out/demo_finetune   # needs matplotlib
+
+Every number of steps answers the same questions with the same noise, so they are compared pair by pair (exact
+McNemar test). Each answer is written to out_dir/eval as soon as it is there: a run that was cut goes on where it
+stopped. A question that does not fit counts as wrong; none is dropped.
+"""
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from configurator import UserError, configure
+from diffusion import Sampler, generate, teacher_forced
+from prepare_data import encode_prompt, load_manifest, load_split
+from sample import check, load
+from train import batch_of
+
+
+@dataclass(frozen=True)
+class Config(Sampler):
+    steps: str = "1,2,4,8,16"       # numbers of steps to compare
+    # what to evaluate, on what
+    out_dir: str = "out/l2d_gsm8k"  # of train.py
+    checkpoint: Literal["best", "last"] = "best"
+    data_dir: str = ""              # empty: the data the checkpoint was trained on
+    split: str = "val"              # test is for the end only
+    limit: int = 0                  # evaluate the first `limit` problems only; 0 = all
+    use_label: bool = False         # give every problem its own label (the right one)
+    label: int = -1                 # give every problem this label; -1 = none
+    max_new_tokens: int = 320
+    batch_size: int = 64
+    seed: int = 0
+    exact_match: bool = True        # generate answers and score them; False leaves only the teacher-forced numbers
+    mistakes: int = 3               # wrong answers to print
+    # figure
+    plot: bool = False              # draw accuracy against path calls to out_dir/eval (needs matplotlib)
+    controls: str = ""              # out_dirs, separated by commas, evaluated before: drawn as lines
+    # machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self):
+        self.samplers()
+        if self.limit < 0 or self.batch_size < 1 or self.max_new_tokens < 1:
+            raise UserError(f"error: limit={self.limit}, batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}: "
+                            "limit must be at least 0, the others at least 1")
+
+    def samplers(self):
+        """A Sampler for each number of steps."""
+        words = self.steps.split(",")
+        if not all(word.strip().isdigit() for word in words):
+            raise UserError(f"error: steps={self.steps!r}, but it must be numbers separated by commas, such as 1,2,4,8,16")
+        shared = {f.name: getattr(self, f.name) for f in fields(Sampler) if f.name != "steps"}
+        return [Sampler(steps=int(word), **shared) for word in words]
+
+
+# ------------------------------------------------------------------------------------------------- scoring
+def number(text):
+    """The number that text spells, such as -1,234.50, or None."""
+    try:
+        return Fraction(text.replace(",", "").replace("\u2212", "-").rstrip("."))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def strict_answer(text):
+    """The number after the first "#### ", as the GSM8K authors read it."""
+    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    return number(match[1]) if match else None
+
+
+def flexible_answer(text):
+    """The number after the first ####, allowing $, spaces, a Unicode minus or a fraction; else the last number."""
+    pattern = r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
+    after = re.search(r"####[\s$]*([-\u2212]?)[\s$]*(" + pattern + ")", text)
+    if after:
+        return number(after[1] + after[2])
+    numbers = re.findall(pattern, text)
+    return number(numbers[-1]) if numbers else None
+
+
+def score(output, gold):
+    """(strict, flexible, well-formed) of an output against the gold answer, both whole texts."""
+    output, want = output.split("\nQuestion:")[0], strict_answer(gold)
+    strict = strict_answer(output)
+    return strict is not None and strict == want, flexible_answer(output) == want, strict is not None
+
+
+def wilson(k, n, z=1.96):
+    """95% interval of a share k / n (Wilson 1927)."""
+    p, q = k / n, z * z / n
+    center, half = (p + q / 2) / (1 + q), z / (1 + q) * math.sqrt(p * (1 - p) / n + q / (4 * n))
+    return center - half, center + half
+
+
+def mcnemar(a, b):
+    """Paired comparison of two lists of bool: how many only b has, how many only a has, exact two-sided p."""
+    gained, lost = sum(y and not x for x, y in zip(a, b)), sum(x and not y for x, y in zip(a, b))
+    n = gained + lost
+    p = min(1.0, 2 * sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2 ** n)
+    return gained, lost, p
+
+
+# -------------------------------------------------------------------------------------------------- running
+def answers(config, sampler, model, encoding, data, n, labels, path):
+    """The scored answer of each of the first n problems, a list of dicts in order; those already in path are kept."""
+    done = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in file:
+                if line.endswith("\n"):                                       # a kill may have cut the last line
+                    record = json.loads(line)
+                    done[record["id"]] = record
+    block_size = model.trunk.config.block_size
+    prompts = [encode_prompt(encoding, problem.question) for problem in data.problems[:n]]
+    todo = sorted((i for i in range(n) if i not in done), key=lambda i: len(prompts[i]))
+    progress = tqdm(total=n, initial=len(done), unit="problem", desc=f"steps={sampler.steps}", disable=not sys.stderr.isatty())
+    with open(path + ".part", "w") as file:                                   # drop a cut line before going on
+        file.writelines(json.dumps(record) + "\n" for record in done.values())
+    os.replace(path + ".part", path)
+    with open(path, "a") as file:
+        for start in range(0, len(todo), config.batch_size):
+            ids, began = todo[start:start + config.batch_size], time.time()
+            fits = [i for i in ids if len(prompts[i]) <= block_size]
+            outputs = dict(zip(fits, generate(model, [prompts[i] for i in fits], encoding.eot_token, config.max_new_tokens, sampler,
+                                              [labels[i] for i in fits], config.seed, fits))) if fits else {}
+            seconds = (time.time() - began) / len(ids)
+            for i in ids:
+                o = outputs.get(i)
+                text = encoding.decode(o.tokens) if o else ""
+                strict, flexible, well_formed = score(text, data.problems[i].answer)
+                done[i] = {"id": i, "output": text, "strict": strict, "flexible": flexible, "well_formed": well_formed,
+                           "ended": bool(o and o.ended), "predicted": o.predicted if o else 0, "nfe": o.nfe if o else 0,
+                           "seconds": seconds}
+                file.write(json.dumps(done[i]) + "\n")
+            file.flush()
+            progress.update(len(ids))
+            if progress.disable and (start // config.batch_size) % 4 == 3:
+                print(f"steps={sampler.steps}: {len(done)}/{n} problems", flush=True)
+    progress.close()
+    return [done[i] for i in range(n)]
+
+
+def teacher_forced_numbers(config, sampler, model, data, n, labels):
+    """Mean token accuracy and -log p of the true answers, every target given its true context."""
+    device, correct, loss, count = model.trunk.wte.weight.device, 0.0, 0.0, 0
+    for start in range(0, n, config.batch_size):
+        ids = range(start, min(n, start + config.batch_size))
+        idx, targets, _ = batch_of(data, ids, device)
+        generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + start)
+        label = torch.tensor([labels[i] for i in ids], device=device)
+        nll, hit, _ = teacher_forced(model, idx, targets, sampler, generator, label)
+        correct, loss, count = correct + hit.sum().item(), loss + nll.sum().item(), count + len(nll)
+    return {"token_accuracy": correct / count, "nll": loss / count}
+
+
+def summary(records, before, first):
+    """The numbers of one table row, from the records of its steps, of the previous steps and of the first."""
+    n, strict = len(records), [r["strict"] for r in records]
+    total = sum(r["predicted"] for r in records)
+    row = {"n": n, "strict": sum(strict) / n, "interval": wilson(sum(strict), n),
+           "flexible": sum(r["flexible"] for r in records) / n, "well_formed": sum(r["well_formed"] for r in records) / n,
+           "cut": sum(not r["ended"] for r in records) / n, "tokens": total / n,
+           "nfe": sum(r["nfe"] for r in records) / max(total, 1), "seconds": sum(r["seconds"] for r in records)}
+    for name, other in (("vs_first", first), ("vs_previous", before)):
+        if other is not None:
+            row[name] = mcnemar([r["strict"] for r in other], strict)
+    return row
+
+
+def show(rows):
+    """The table as text."""
+    lines = ["steps    NFE  exact match [95%]        vs first          vs previous       flexible  well-formed  cut    tokens  token acc.  NLL"]
+    def versus(v):
+        return f"+{v[0]} -{v[1]} p={v[2]:.3g}" if v else ""
+    for row in rows:
+        left = f"{row['steps']:>5}  "
+        if "strict" in row:
+            low, high = row["interval"]
+            left += (f"{row['nfe']:5.2f}  {row['strict']:.3f} [{low:.3f}, {high:.3f}]  {versus(row.get('vs_first')):<17} "
+                     f"{versus(row.get('vs_previous')):<17} {row['flexible']:.3f}     {row['well_formed']:.3f}        "
+                     f"{row['cut']:.3f}  {row['tokens']:5.1f}   ")
+        lines.append(left + f"{row['token_accuracy']:.4f}      {row['nll']:.4f}")
+    return "\n".join(lines)
+
+
+def plot(path, results, controls):
+    """Accuracy against path calls per token with 95% intervals; controls [(name, results)] as lines."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("error: --plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = results["rows"]
+    x, y = [r["nfe"] for r in rows], [r["strict"] for r in rows]
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.errorbar(x, y, [[v - r["interval"][0] for v, r in zip(y, rows)], [r["interval"][1] - v for v, r in zip(y, rows)]],
+                  marker="o", capsize=3, label="L2D")
+    for i, (name, control) in enumerate(controls):
+        first = control["rows"][0]
+        axes.axhline(first["strict"], color=f"C{i + 1}", linestyle="--", label=name)
+        axes.axhspan(*first["interval"], color=f"C{i + 1}", alpha=0.1)
+    axes.set(xlabel="path calls per token", ylabel=f"exact match ({results['config']['split']}, n = {rows[0]['n']})")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(argv=None):
+    config = configure(Config, argv, __doc__)
+    model, encoding, checkpoint = load(config.out_dir, config.checkpoint, config.device, config.dtype)
+    samplers = config.samplers()
+    for sampler in samplers:
+        check(sampler, None if config.use_label else config.label, model, checkpoint, config.out_dir)
+    data_dir = config.data_dir or checkpoint["config"]["data_dir"]
+    manifest = load_manifest(data_dir)
+    if manifest["fingerprint"] != checkpoint["tokenizer"]["fingerprint"]:
+        raise UserError(f"error: {data_dir} was made with tokenizer {manifest['tokenizer']}, the checkpoint with "
+                        f"{checkpoint['tokenizer']['name']}; choose the data it was trained on")
+    data = load_split(data_dir, config.split)
+    n = min(config.limit or len(data.problems), len(data.problems))
+    n_labels = model.path.config.n_labels if model.path else 0
+    labels = data.labels.tolist() if config.use_label else [config.label if config.label >= 0 else n_labels] * len(data.problems)
+
+    folder = os.path.join(config.out_dir, "eval")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"error: cannot write to {folder}: {e.strerror}")
+    weights = sha256(os.path.join(config.out_dir, f"{config.checkpoint}.pt"))
+    same = {k: v for k, v in asdict(config).items() if k not in ("steps", "limit", "batch_size", "mistakes", "plot", "controls", "out_dir")}
+    key = hashlib.sha256(json.dumps([same, weights], sort_keys=True).encode()).hexdigest()[:8]
+
+    rows, first, before = [], None, None
+    for sampler in samplers:
+        row = {"steps": sampler.steps, "solver": sampler.solver} | teacher_forced_numbers(config, sampler, model, data, n, labels)
+        if config.exact_match:
+            path = os.path.join(folder, f"{config.split}_{key}_steps{sampler.steps}.jsonl")
+            records = answers(config, sampler, model, encoding, data, n, labels, path)
+            row |= summary(records, before, first)
+            first, before = first or records, records
+        rows.append(row)
+    print(f"{config.out_dir} on {n} problems of {data_dir}/{config.split}, solver {config.solver}, seed {config.seed}\n" + show(rows))
+    if config.exact_match:
+        for record in [r for r in before if not r["strict"]][:config.mistakes]:
+            problem = data.problems[record["id"]]
+            print(f"\nwrong, steps={samplers[-1].steps}: {problem.question}\n  gold:   {problem.answer!r}\n  output: {record['output']!r}")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    results = {"config": asdict(config), "rows": rows, "weights_sha256": weights, "commit": commit, "command": " ".join(sys.argv),
+               "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor() or platform.machine()}
+    out = os.path.join(folder, f"{config.split}_{key}.json")
+    for path in (out, os.path.join(folder, f"{config.split}.json")):          # by settings, and the latest under a plain name
+        with open(path + ".part", "w") as file:
+            json.dump(results, file, indent=1)
+        os.replace(path + ".part", path)
+    print(f"\nwritten to {out}")
+    if config.plot:
+        controls = []
+        for name in filter(None, config.controls.split(",")):
+            try:
+                with open(os.path.join(name, "eval", f"{config.split}.json")) as file:
+                    controls.append((os.path.basename(name), json.load(file)))
+            except OSError:
+                raise UserError(f"error: no evaluation in {name}; run: python evaluate.py --out_dir={name} --split={config.split} --steps=1")
+        plot(out.replace(".json", ".png"), results, controls)
+        print(f"figure: {out.replace('.json', '.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,532 @@
+"""
+GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion
+Finetuning", arXiv 2501.15781; "Eq." below are the paper's).
+
+The *trunk* is GPT-2, left as it is. The *path* runs beside it: it takes a noised embedding x_t of the
+token to predict, attends to the trunk's keys and values, and its output is added to the trunk's once,
+before the final norm and the head. diffusion.py says where x_t comes from and how it is used.
+
+Shapes and symbols, here and in diffusion.py:
+    B, T    batch, sequence                        C, L, H  n_embd, n_layer, n_head
+    S       keys visible to a query                V_size   vocabulary
+    N       positions at which a token is predicted: in training the targets of the whole batch, flat;
+            in sampling the rows, one position each
+    D       x_dim, the size of the token space     V        (V_size, D), the table of Eq. 5
+    x_t     (N, D)  noised token embedding         t        (N,) in [0, 1]: 0 is noise, 1 is data
+    w_d     (N, C)  weight of the path (Eq. 6), exactly 0 at t = 0
+    kv      a list of L pairs (k, v), each (B, H, S, C/H): the trunk's keys and values, a plain value
+
+Classes go from leaf to root: LoRALinear, Attention, MLP, Block, GPT; then PathBlock, DiffusionPath; then
+L2D, the pair.
+"""
+import copy
+import json
+import math
+import os
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError
+
+
+# ---------------------------------------------------------------------------------------------- the trunk
+@dataclass(frozen=True)
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+    def __post_init__(self):
+        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise UserError(f"error: every size of the trunk must be at least 1, not {self}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"error: n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
+                            f"each head takes n_embd / n_head channels")
+
+
+GPT2_SIZES = {
+    "gpt2":        GPTConfig(),                                      # 124M parameters
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),    # 355M
+    "gpt2-large":  GPTConfig(n_layer=36, n_head=20, n_embd=1280),    # 774M
+    "gpt2-xl":     GPTConfig(n_layer=48, n_head=25, n_embd=1600),    # 1558M
+}
+
+
+def borrow(module, name, value):
+    """Set module.name without registering it: used, but never saved, counted or moved a second time."""
+    object.__setattr__(module, name, value)
+
+
+class LoRALinear(nn.Module):
+    """y = W x + b + (alpha / rank) B A x (Hu et al. 2021), with B = 0 at the start.
+
+    linear: the nn.Linear that holds W and b. owned: register it here (the trunk's own LoRA), or only borrow
+    it from the trunk (the path's LoRA). rows: use only the first `rows` outputs of W (the queries of c_attn).
+    """
+    def __init__(self, linear, rank, alpha, owned, rows=None):
+        super().__init__()
+        rows = rows or linear.out_features
+        if owned:
+            self.linear = linear.requires_grad_(False)
+        else:
+            borrow(self, "linear", linear)
+        self.rows, self.scale = rows, alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = F.linear(x, self.linear.weight[:self.rows], self.linear.bias[:self.rows])
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+    @torch.no_grad()
+    def merged(self):
+        """The same map as a plain nn.Linear."""
+        self.linear.weight += self.scale * self.lora_B @ self.lora_A
+        return self.linear
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(C/H)) v, as in GPT-2.
+
+    q (B, T, C); k, v (B, H, S, C/H); mask (B, 1, T, S), True = visible. Without a mask, T = S queries attend
+    causally and a single query attends to everything. Returns (B, T, C).
+    """
+    B, T, C = q.shape
+    q = q.view(B, T, k.size(1), -1).transpose(1, 2)                           # (B, H, T, C/H)
+    assert mask is not None or T in (1, k.size(2)), "the causal mask needs as many queries as keys"
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+    return y.transpose(1, 2).reshape(B, T, C)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)             # query, key, value
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, pos=None, mask=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (k, v))  # (B, H, T, C/H)
+        if cache is not None:
+            k, v = write_cache(cache, k, v, pos)                              # (B, H, S, C/H)
+            if mask is not None:
+                k, v = k[:, :, :mask.size(-1)], v[:, :, :mask.size(-1)]
+        return self.c_proj(attention(q, k, v, mask)), (k, v)
+
+
+def write_cache(cache, k, v, pos):
+    """Write k, v (B, H, T, C/H) at positions pos (B, T) of the preallocated pair cache; return the pair."""
+    where = pos[:, None, :, None].expand_as(k)
+    return cache[0].scatter_(2, where, k), cache[1].scatter_(2, where, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, c_fc, c_proj):
+        super().__init__()
+        self.c_fc, self.c_proj = c_fc, c_proj
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))          # GPT-2's GELU is the tanh form
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.ln_1, self.attn = nn.LayerNorm(C), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(C), MLP(nn.Linear(C, 4 * C), nn.Linear(4 * C, C))
+
+    def forward(self, x, cache=None, pos=None, mask=None):
+        y, kv = self.attn(self.ln_1(x), cache, pos, mask)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), kv
+
+
+class GPT(nn.Module):
+    """GPT-2. Parameter names are those of its checkpoints; the head is tied to wte."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Matrices and embeddings N(0, 0.02^2), the two c_proj of each block N(0, 0.02^2 / 2L), biases 0, norms 1."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02
+                nn.init.normal_(p, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, pos=None, cache=None, mask=None):
+        """Everything before the final norm.
+
+        idx (B, T) token ids; pos (B, T) their positions, 0..T-1 if not given. With a cache (from new_cache)
+        the keys and values are written into it at pos and attention sees what mask (B, 1, T, S) says, of the
+        first S entries (no mask: one query that sees the whole cache).
+        Returns h (B, T, C) and kv, a list of L pairs (k, v) of shape (B, H, S, C/H).
+        """
+        if pos is None:
+            pos = torch.arange(idx.size(1), device=idx.device)[None].expand_as(idx)
+        x = self.wte(idx) + self.wpe(pos)                                     # (B, T, C)
+        kv = []
+        for i, block in enumerate(self.h):
+            x, pair = block(x, cache[i] if cache is not None else None, pos, mask)
+            kv.append(pair)
+        return x, kv
+
+    def head(self, h):
+        """(..., C) -> logits (..., V_size)."""
+        return F.linear(self.ln_f(h), self.wte.weight)
+
+    def add_lora(self, rank, alpha):
+        """Freeze everything and put a LoRA on each linear map of each block."""
+        self.requires_grad_(False)
+        for block in self.h:
+            for owner, name in linears(block):
+                setattr(owner, name, LoRALinear(getattr(owner, name), rank, alpha, owned=True))
+
+    def merge_lora(self):
+        """Undo add_lora, keeping what the LoRA learned in the weights."""
+        for block in self.h:
+            for owner, name in linears(block):
+                setattr(owner, name, getattr(owner, name).merged())
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """GPT-2 weights from a hub name (see GPT2_SIZES), a .safetensors file or a directory that has one.
+
+        Raises UserError where the file cannot be had, is damaged, or is not GPT-2.
+        """
+        path = download_weights(name) if not os.path.exists(name) else Path(name)
+        path = path / "model.safetensors" if path.is_dir() else path
+        tensors, config = clean_names(read_safetensors(path), path), None
+        if (path.parent / "config.json").exists():
+            config = json.loads((path.parent / "config.json").read_text())
+            if (act := config.get("activation_function", "gelu_new")) not in ("gelu_new", "gelu_pytorch_tanh"):
+                raise UserError(f"error: {path.parent}/config.json has activation_function={act}; GPT-2 has gelu_new")
+        block_size, (vocab_size, n_embd) = tensors["wpe.weight"].shape[0], tensors["wte.weight"].shape
+        n_layer = len({key.split(".")[1] for key in tensors if key.startswith("h.")})
+        n_head = config["n_head"] if config else n_embd // 64                 # every GPT-2 has heads of 64
+        model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
+        load_state(model, {k: v.float() for k, v in tensors.items()}, path)
+        return model
+
+
+def linears(block):
+    return [(block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")]
+
+
+def new_cache(kv, length):
+    """The keys and values of a prompt, kv, with room for `length` positions in all: a preallocated cache."""
+    return [tuple(F.pad(z, (0, 0, 0, length - z.size(2))) for z in pair) for pair in kv]
+
+
+# ------------------------------------------------------------------------------------ loading GPT-2's weights
+def download_weights(name):
+    from prepare_data import download
+    import requests
+    size = name.removeprefix("openai-community/")
+    if size not in GPT2_SIZES:
+        raise UserError(f"error: no such trunk: {name!r} is neither a file, a directory nor one of {', '.join(GPT2_SIZES)}")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    path, sha256, n_bytes = Path("data/weights") / size / "model.safetensors", None, None
+    if path.exists():
+        return path
+    revision = "main"
+    if size == "gpt2":
+        revision, n_bytes = "607a30d783dfa663caf39e06633721c8d4cfcd7e", 548105171
+        sha256 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+    url = f"{endpoint}/openai-community/{size}/resolve/{revision}/model.safetensors"
+    if sha256 is None:                          # the hub names the hash of a large file in the answer's header
+        try:
+            reply = requests.head(url, timeout=(10, 60))
+            reply.raise_for_status()
+        except requests.RequestException as e:
+            raise UserError(f"error: cannot reach {url} ({e}); fetch model.safetensors by hand and pass its path")
+        sha256 = reply.headers.get("X-Linked-Etag", "").strip('"') or None
+    download(url, path, n_bytes, sha256)
+    return path
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8-byte little-endian header length, JSON header, raw tensors."""
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+    def bad(what):
+        return UserError(f"error: {path} is not a valid .safetensors file ({what}); fetch it again")
+    try:
+        data = bytearray(Path(path).read_bytes())
+    except OSError as e:
+        raise UserError(f"error: cannot read the weights at {path}: {e.strerror}")
+    if len(data) < 8 or (n := struct.unpack("<Q", data[:8])[0]) > 100_000_000 or n + 8 > len(data):
+        raise bad("its header is cut short")
+    try:
+        header = json.loads(data[8:8 + n])
+        assert isinstance(header, dict)
+    except (ValueError, AssertionError):
+        raise bad("its header is not JSON")
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            count = math.prod(shape)
+            fits = 0 <= start <= end <= len(data) - n - 8 and end - start == count * dtype.itemsize
+        except (KeyError, TypeError, ValueError):
+            raise bad(f"the entry of {name} cannot be read")
+        if not fits:
+            raise bad(f"the tensor {name} does not lie inside the file; it may be cut short")
+        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + n + start).view(shape) \
+            if count else torch.empty(shape, dtype=dtype)
+    return tensors
+
+
+def clean_names(tensors, path):
+    """The tensors under the names of class GPT, its linear weights the right way round."""
+    transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    out = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            continue                            # the causal mask of old checkpoints; the tied head
+        out[name] = tensor.t() if name.endswith(transposed) else tensor       # checkpoints have Conv1D: (in, out)
+    if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], out.get("wte.weight", torch.empty(0))):
+        raise UserError(f"error: {path}: lm_head.weight differs from wte.weight; GPT-2's head is tied")
+    if any(name not in out or out[name].dim() != 2 for name in ("wte.weight", "wpe.weight")):
+        raise UserError(f"error: {path} has no matrices wte.weight and wpe.weight; it is not GPT-2")
+    return out
+
+
+def load_state(module, tensors, source):
+    """load_state_dict that names all missing, unexpected and misshapen tensors at once, in one line."""
+    own = module.state_dict()
+    differ = [f"missing {k}" for k in own.keys() - tensors.keys()]
+    differ += [f"unexpected {k}" for k in tensors.keys() - own.keys()]
+    differ += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}"
+               for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    if differ:
+        raise UserError(f"error: {source} does not fit this model: " + "; ".join(sorted(differ)))
+    module.load_state_dict(tensors)
+
+
+# ----------------------------------------------------------------------------------------- the diffusion path
+@dataclass(frozen=True)
+class PathConfig:
+    mode: str = "full"              # full: its own copy of the blocks; lora: the trunk's weights with a LoRA
+    x_dim: int = 256                # D, the size of the token space
+    t_dim: int = 256                # width of the time embedding and of the modulation heads
+    sigma: float = 64.0             # standard deviation of the noise x_0
+    input_scale: str = "wiener"     # how x_t enters: wiener (linear estimate of x_1) or unit (unit variance, paper)
+    time_scale: float = 1000.0      # t is multiplied by this before its sinusoidal features (official code: 1)
+    gate_init: float = 0.0          # residual gates of the path at the start
+    n_labels: int = 0               # labels for guidance; index n_labels means "no label"
+    rank: int = 32                  # of the LoRA, mode lora
+    alpha: float = 32.0
+
+
+def two_layers(n_in, n_hidden, n_out, zero=False):
+    """Linear - SiLU - Linear; zero: the last layer starts at 0, so that what it controls starts off."""
+    net = nn.Sequential(nn.Linear(n_in, n_hidden), nn.SiLU(), nn.Linear(n_hidden, n_out))
+    if zero:
+        nn.init.zeros_(net[2].weight)
+        nn.init.zeros_(net[2].bias)
+    return net
+
+
+def time_features(t, dim, time_scale):
+    """Sinusoids of t (N,) -> (N, dim), with periods from 2 pi to 2 pi * 10^4 in units of t * time_scale."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = time_scale * t[:, None] * freqs                                  # (N, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def scale_input(x_t, t, sigma, kind):
+    """What the path is fed, float32 (N, D): x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2.
+
+    unit:   x_t / sqrt(variance), of unit variance at every t [official code].
+    wiener: t x_t / variance, the best linear estimate of x_1: near 0 while x_t says nothing.
+    """
+    var = t * t + (1 - t) ** 2 * sigma ** 2                                   # (N,)
+    gain = t / var if kind == "wiener" else var.rsqrt()
+    return x_t * gain[:, None]
+
+
+class PathBlock(nn.Module):
+    """A block of the path: GPT-2's, but its queries look at the trunk's keys and values, and t modulates it."""
+    def __init__(self, block, config):
+        super().__init__()
+        C = block.ln_1.normalized_shape[0]
+        attn, mlp = block.attn, block.mlp
+        if config.mode == "full":
+            self.c_q = nn.Linear(C, C)
+            self.c_q.weight.data.copy_(attn.c_attn.weight[:C])                # the query third of c_attn
+            self.c_q.bias.data.copy_(attn.c_attn.bias[:C])
+            self.ln_1, self.c_proj, self.ln_2, self.mlp = map(copy.deepcopy, (block.ln_1, attn.c_proj, block.ln_2, mlp))
+            self.requires_grad_(True)
+        else:
+            borrow(self, "ln_1", block.ln_1)
+            borrow(self, "ln_2", block.ln_2)
+            lora = lambda linear, rows=None: LoRALinear(linear, config.rank, config.alpha, owned=False, rows=rows)
+            self.c_q, self.c_proj = lora(attn.c_attn, rows=C), lora(attn.c_proj)
+            self.mlp = MLP(lora(mlp.c_fc), lora(mlp.c_proj))
+        self.modulation = two_layers(config.t_dim, config.t_dim, 6 * C, zero=True)
+        with torch.no_grad():                   # chunks: scale, shift, gate of attention, then of the MLP
+            self.modulation[2].bias.view(6, C)[[2, 5]] = config.gate_init
+
+    def forward(self, h, modulation, k, v, at, mask):
+        """h (N, C); modulation (N or 1, 6C); k, v (B, H, S, C/H); at, mask as in DiffusionPath.forward."""
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
+        q = self.c_q(modulated_norm(h, self.ln_1, scale_1, shift_1))          # (N, C)
+        h = h + gate_1 * self.c_proj(attend_at(q, k, v, at, mask))
+        return h + gate_2 * self.mlp(modulated_norm(h, self.ln_2, scale_2, shift_2))
+
+
+def modulated_norm(h, ln, scale, shift):
+    """LayerNorm with gamma + scale and beta + shift in place of gamma and beta. All (N, C) or (1, C)."""
+    return F.layer_norm(h, h.shape[-1:]) * (ln.weight + scale) + (ln.bias + shift)
+
+
+def attend_at(q, k, v, at, mask):
+    """Attention of N single queries (N, C) over the trunk's k, v (B, H, S, C/H) -> (N, C).
+
+    at = (rows, cols): query i stands in row rows[i] at position cols[i] and sees the keys 0..cols[i] there.
+    They are laid out as (B, S, C) so that one causal kernel (flash attention on GPU) serves them all.
+    at = None: one query per row, which sees what mask (B, 1, 1, S) says.
+    """
+    if at is None:
+        return attention(q[:, None], k, v, mask)[:, 0]
+    B, H, S, d = k.shape
+    laid_out = q.new_zeros(B, S, H * d).index_put(at, q)
+    return attention(laid_out, k, v)[at]
+
+
+class DiffusionPath(nn.Module):
+    """The path of L2D: as many blocks as the trunk, initialised from it (see PathBlock).
+
+    trunk: a GPT, read for the initial weights. Zero at the start: w_d and every modulation (gates included), so
+    that the first step trains only the head of w_d, the next ones everything.
+    """
+    def __init__(self, trunk, config):
+        super().__init__()
+        self.config = config
+        C, D, E = trunk.config.n_embd, config.x_dim, config.t_dim
+        self.W = nn.Linear(C, D, bias=False)                                  # Eq. 5
+        self.x_in = two_layers(D, D, C)
+        self.t_in = two_layers(E, E, E)
+        self.label = nn.Embedding(config.n_labels + 1, E)                     # the last one: no label
+        nn.init.normal_(self.label.weight, std=0.02)
+        self.h = nn.ModuleList(PathBlock(block, config) for block in trunk.h)
+        self.w = two_layers(E, E, C, zero=True)                               # w(t) of Eq. 6
+
+    def token_space(self, e):
+        """Eq. 5: V_y = sqrt(D) W e_y / |W e_y|, float32. e (..., C) token embeddings -> (..., D)."""
+        with torch.autocast(e.device.type, enabled=False):
+            return math.sqrt(self.config.x_dim) * F.normalize(self.W(e.to(self.W.weight.dtype)).float(), dim=-1)
+
+    def condition(self, t, label):
+        """What depends on t (N,) and label (N,) alone: the modulations, L times (N, 6C), and w_d (N, C)."""
+        def embed(t):
+            features = time_features(t, self.config.t_dim, self.config.time_scale)
+            return self.t_in(features.to(self.W.weight.dtype)) + self.label(label)
+        emb = embed(t)                                                        # (N, E)
+        # w(0) is computed in the same shape as w(t): another shape may round differently, and w_d(0) must be 0
+        w_d = self.w(emb) - self.w(embed(torch.zeros_like(t)))                # Eq. 6
+        return [block.modulation(emb) for block in self.h], w_d
+
+    def forward(self, x_t, t, pos_emb, modulations, kv, at=None, mask=None):
+        """h_path (N, C).
+
+        x_t (N, D) and t (N,) float32; pos_emb (N, C) is wpe at the position of each (deviation 1: GPT-2 has no
+        rotary positions, so without it the queries would not know where they stand); modulations from condition;
+        kv the trunk's keys and values; at = (rows, cols), each (N,), or None with a mask: see attend_at.
+        """
+        x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
+        h = self.x_in(x.to(self.W.weight.dtype)) + pos_emb                    # (N, C)
+        for block, modulation, (k, v) in zip(self.h, modulations, kv):
+            h = block(h, modulation, k, v, at, mask)
+        return h
+
+
+# ------------------------------------------------------------------------------------------------- the pair
+class L2D(nn.Module):
+    """Trunk and path. path = None is the trunk alone (the controls: a trunk finetuned or with LoRA)."""
+    def __init__(self, trunk, path=None):
+        super().__init__()
+        self.trunk, self.path = trunk, path
+
+    def read(self, idx, at):
+        """One trunk pass over idx (B, T): its states at the positions at = (rows, cols), (N, C), and kv.
+
+        A frozen trunk runs without autograd: nothing is stored for a backward pass.
+        """
+        trains = any(p.requires_grad for p in self.trunk.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            h, kv = self.trunk(idx)
+        return h[at], kv
+
+    def embed(self, ids):
+        """x_1 of token ids (...): rows of V, (..., D). W gets gradients, the trunk's embedding none."""
+        return self.path.token_space(self.trunk.wte.weight.detach()[ids])
+
+    def forward(self, h_trunk, kv, at, x_t, t, label, mask=None, pos=None, condition=None):
+        """Eq. 6: logits (N, V_size) of f(x_t, t, c) from h = h_trunk + w_d(t) * h_path.
+
+        h_trunk (N, C) and kv from read (or from the trunk with a cache); at = (rows, cols) and mask as in
+        attend_at; pos (N,) the positions where at is None; x_t (N, D); t (N,); label (N,) or (1,);
+        condition: the result of path.condition(t, label), where it is already known.
+        """
+        modulations, w_d = condition if condition is not None else self.path.condition(t, label)
+        pos_emb = self.trunk.wpe(pos if at is None else at[1])
+        h_path = self.path(x_t, t, pos_emb, modulations, kv, at, mask)
+        return self.trunk.head(h_trunk + w_d * h_path)
+
+
+def build(trunk, path_config=None, lora=None):
+    """The pair around a trunk. lora = (rank, alpha) puts one on the trunk, after the path has taken its copies."""
+    path = DiffusionPath(trunk, path_config) if path_config is not None else None
+    if lora is not None:
+        trunk.add_lora(*lora)
+    return L2D(trunk, path)
+
+
+def load_checkpoint(path):
+    """What train.py saved: a dict of tensors and primitives. Raises UserError where it cannot be read."""
+    if not os.path.exists(path):
+        raise UserError(f"error: no checkpoint at {path}; train one first, e.g. python train.py config/demo_trunk.py")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(checkpoint, dict) and {"trunk_config", "model"} <= checkpoint.keys()
+        return checkpoint
+    except Exception as e:
+        raise UserError(f"error: {path} is not a checkpoint of train.py, or is damaged "
+                        f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'wrong contents'})")
+
+
+def model_from_checkpoint(checkpoint, source):
+    """The L2D pair of a loaded checkpoint, on the CPU in float32."""
+    trunk = GPT(GPTConfig(**checkpoint["trunk_config"]))
+    path_config = PathConfig(**checkpoint["path_config"]) if checkpoint["path_config"] else None
+    model = build(trunk, path_config, checkpoint["trunk_lora"])
+    load_state(model, checkpoint["model"], source)
+    return model
+
+
+def describe(model, trunk_lora=None):
+    """The part of a checkpoint that says what the model is: everything model_from_checkpoint needs."""
+    return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora,
+            "path_config": asdict(model.path.config) if model.path else None, "model": model.state_dict()}
