@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import diffusion
 from configurator import UserError, configure
-from model import (GPT, GPT2_SIZES, GPTConfig, PathConfig, build, describe, load_checkpoint, model_from_checkpoint)
+from model import GPT, GPTConfig, PathConfig, build, describe, load_checkpoint, load_state, model_from_checkpoint
 from prepare_data import load_manifest, load_split
 
 
@@ -124,6 +124,15 @@ class Ranks:
     def main(self):
         return self.rank == 0
 
+    @contextmanager
+    def main_first(self):
+        """The main rank runs the block before the others do: what it downloads or makes is there for them."""
+        if self.world > 1 and not self.main:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.main:
+            dist.barrier()
+
     def sum(self, tensor):
         """The sum of tensor over all ranks, in place."""
         if self.world > 1:
@@ -140,7 +149,8 @@ class Ranks:
 
 
 # ---------------------------------------------------------------------------------------------------- data
-def load(config, split, manifest):
+def load(config, split):
+    """A split of the data, checked to fit block_size."""
     data = load_split(config.data_dir, split)
     longest = int(np.diff(data.offsets).max())
     if longest - 1 > config.block_size:
@@ -206,8 +216,7 @@ def make_model(config, manifest):
     return build(trunk, path_config, lora)
 
 
-def make_optimizer(model, config):
-    params = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(params, config):
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
@@ -270,159 +279,168 @@ def evaluate(model, data, ids, config, ranks, autocast):
     return result | ({"val_loss_by_t": [round(x, 4) for x in mean[:N_BINS]]} if model.path else {})
 
 
-# -------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------------------ run
 def save(checkpoint, path):
     """Write whole or not at all: a kill while writing leaves the old file."""
     torch.save(checkpoint, path + ".part")
     os.replace(path + ".part", path)
 
 
-def open_out_dir(config):
-    """Make out_dir, check that it can be written, and that nothing in it would be lost."""
-    last = os.path.join(config.out_dir, "last.pt")
-    try:
-        os.makedirs(config.out_dir, exist_ok=True)
-        with open(os.path.join(config.out_dir, "metrics.jsonl"), "a"):
-            pass
-    except OSError as e:
-        raise UserError(f"error: cannot write to out_dir={config.out_dir}: {e.strerror}; choose another --out_dir")
-    if os.path.exists(last) and not config.resume:
-        raise UserError(f"error: {last} exists; go on with --resume, or choose another --out_dir")
-    if config.resume and not os.path.exists(last):
-        raise UserError(f"error: nothing to resume: {last} does not exist; start without --resume")
-    return last
+class Run:
+    """One training run: everything that main needs between two steps, set up from the config."""
+    def __init__(self, config):
+        self.config, self.ranks = config, Ranks(config)
+        self.device = self.ranks.device
+        self.last, self.metrics = (os.path.join(config.out_dir, name) for name in ("last.pt", "metrics.jsonl"))
+        with self.ranks.main_first():                                         # it may download, and makes out_dir
+            self.open_out_dir()
+            self.manifest = load_manifest(config.data_dir)
+            self.train, self.val = load(config, config.train_split), load(config, config.val_split)
+            torch.manual_seed(config.seed)                                    # the same initial weights on every rank
+            self.model = make_model(config, self.manifest).to(self.device)
+        self.lengths = np.diff(self.train.offsets)
+        self.per_epoch = len(batches_of_epoch(self.lengths, config.batch_size, 0))
+        self.eval_data, self.eval_ids = self.val, range(min(config.eval_examples, len(self.val.labels)))
+        if config.overfit:
+            self.eval_data, self.eval_ids = self.train, self.batch(0)
 
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.params, config)
+        on_gpu = self.device.type == "cuda"
+        self.dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32"
+        self.autocast = torch.autocast(self.device.type, getattr(torch, self.dtype)) if self.dtype != "float32" else nullcontext()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
+        # CPU: the backward of fused attention in bfloat16 is many times slower than that of plain matmuls (DESIGN 9)
+        self.kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] if on_gpu else [SDPBackend.MATH]
+        self.step, self.best = 0, math.inf
+        if config.resume:
+            self.resume()
+        if on_gpu:
+            torch.set_float32_matmul_precision("high")
+        if config.compile == "on" or config.compile == "auto" and on_gpu:
+            self.model.compile()                                              # in place: names stay as they are
+            self.model.trunk.compile()
 
-def resume(last, config, model, optimizer, scaler):
-    """Load last.pt into model, optimizer and scaler; return the step to go on with and the best loss so far."""
-    checkpoint = load_checkpoint(last)
-    may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk"}
-    differ = [f"{k} was {v!r}, now {asdict(config)[k]!r}" for k, v in checkpoint["config"].items()
-              if k not in may_differ and asdict(config).get(k) != v]
-    if differ:
-        raise UserError(f"error: {last} belongs to another configuration: {'; '.join(differ)}")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    metrics = os.path.join(config.out_dir, "metrics.jsonl")                   # drop what is about to be repeated
-    with open(metrics) as file:
-        kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= checkpoint["step"]]
-    with open(metrics + ".part", "w") as file:
-        file.writelines(kept)
-    os.replace(metrics + ".part", metrics)
-    return checkpoint["step"], checkpoint["best"]
+    def open_out_dir(self):
+        """Make out_dir, check that it can be written, and that nothing in it would be lost."""
+        config = self.config
+        try:
+            os.makedirs(config.out_dir, exist_ok=True)
+            if self.ranks.main:
+                open(self.metrics, "a").close()
+        except OSError as e:
+            raise UserError(f"error: cannot write to out_dir={config.out_dir}: {e.strerror}; choose another --out_dir")
+        if os.path.exists(self.last) and not config.resume:
+            raise UserError(f"error: {self.last} exists; go on with --resume, or choose another --out_dir")
+        if config.resume and not os.path.exists(self.last):
+            raise UserError(f"error: nothing to resume: {self.last} does not exist; start without --resume")
 
+    def resume(self):
+        """Go on from last.pt: model, optimizer, scaler, step and best loss; metrics of steps to be repeated are dropped."""
+        checkpoint, now = load_checkpoint(self.last), asdict(self.config)
+        may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk"}
+        differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in checkpoint["config"].items() if k not in may_differ and now.get(k) != v]
+        if differ:
+            raise UserError(f"error: {self.last} belongs to another configuration: {'; '.join(differ)}")
+        load_state(self.model, checkpoint["model"], self.last)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step, self.best = checkpoint["step"], checkpoint["best"]
+        if self.ranks.main:
+            with open(self.metrics) as file:
+                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            with open(self.metrics + ".part", "w") as file:
+                file.writelines(kept)
+            os.replace(self.metrics + ".part", self.metrics)
 
-# ---------------------------------------------------------------------------------------------------- main
-def main(argv=None):
-    config = configure(Config, argv, __doc__)
-    ranks = Ranks(config)
-    device = ranks.device
-    last = open_out_dir(config) if ranks.main else os.path.join(config.out_dir, "last.pt")
-    manifest = load_manifest(config.data_dir)
-    train, val = load(config, config.train_split, manifest), load(config, config.val_split, manifest)
-    lengths = np.diff(train.offsets)
-
-    torch.manual_seed(config.seed)                                            # the same initial weights on every rank
-    model = make_model(config, manifest).to(device)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, config)
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    autocast = torch.autocast(device.type, getattr(torch, dtype)) if dtype != "float32" else nullcontext()
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    step, best = resume(last, config, model, optimizer, scaler) if config.resume else (0, math.inf)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        model.compile()                                                       # in place: names stay as they are
-        model.trunk.compile()
-
-    def say(text):
-        if ranks.main:
+    def say(self, text):
+        if self.ranks.main:
             tqdm.write(text)
+            sys.stdout.flush()
 
-    def report(record):
-        if ranks.main:
-            with open(os.path.join(config.out_dir, "metrics.jsonl"), "a") as file:
+    def report(self, record):
+        if self.ranks.main:
+            with open(self.metrics, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def batches(epoch):
-        return batches_of_epoch(lengths, config.batch_size, [config.seed, epoch])
+    def batch(self, step):
+        """The ids of the examples of a step, all ranks together."""
+        epoch = 0 if self.config.overfit else step // self.per_epoch
+        if getattr(self, "epoch", None) != epoch:
+            self.epoch, self.order = epoch, batches_of_epoch(self.lengths, self.config.batch_size, [self.config.seed, epoch])
+        return self.order[0 if self.config.overfit else step % self.per_epoch]
 
-    per_epoch = len(batches(0))
-    overfit_ids = batches(0)[0] if config.overfit else None
-    eval_data, eval_ids = (train, overfit_ids) if config.overfit else (val, range(min(config.eval_examples, len(val.labels))))
-    n_trunk, n_trained = sum(p.numel() for p in model.trunk.parameters()), sum(p.numel() for p in params)
-    say(f"{len(train.labels)} examples, {per_epoch} steps an epoch; trunk {n_trunk:,} parameters, {n_trained:,} trained; "
-        f"{ranks.world} x {device.type}, {dtype}")
-
-    checkpoint = lambda: describe(model, [config.lora_rank, config.lora_alpha] if config.trunk_mode == "lora" else None) | {
-        "config": asdict(config), "step": step, "best": best, "data": manifest,
-        "tokenizer": {"name": manifest["tokenizer"], "fingerprint": manifest["fingerprint"]}}
-
-    def evaluate_and_save():
-        nonlocal best
-        result = evaluate(model, eval_data, eval_ids, config, ranks, autocast)
-        by_t = "  by t " + " ".join(f"{x:.3f}" for x in result.get("val_loss_by_t", []))
-        say(f"step {step}: validation loss {result['val_loss']:.4f}" + (f" (trunk {result['trunk_loss']:.4f}){by_t}" if model.path else ""))
-        report({"step": step} | result)
-        better, best = result["val_loss"] < best, min(best, result["val_loss"])
-        if ranks.main:
-            save(checkpoint() | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, last)
-            if better:
-                save(checkpoint(), os.path.join(config.out_dir, "best.pt"))
-
-    progress = tqdm(total=config.steps, initial=step, unit="step", disable=not (ranks.main and sys.stderr.isatty()))
-    if step == 0:
-        evaluate_and_save()
-    epoch, order = -1, None
-    tokens, start, first = 0, time.time(), step
-    # CPU: the backward of fused attention in bfloat16 is many times slower than that of plain matmuls (DESIGN 9)
-    kernels = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
-
-    while step < config.steps:
-        if epoch != step // per_epoch:
-            epoch = step // per_epoch
-            order = batches(epoch)
-        ids = overfit_ids if config.overfit else order[step % per_epoch]
+    def train_step(self):
+        """One optimizer step: micro-batches, backward, sum over ranks, clip, step. Returns loss, gradient norm, targets."""
+        config, train, ids = self.config, self.train, self.batch(self.step)
         n_targets = sum(int(train.mask[train.offsets[i] + 1:train.offsets[i + 1]].sum()) for i in ids)   # of all ranks
-        micro_batches = np.array_split(ids, ranks.world * config.grad_accum)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-
-        loss_sum = torch.zeros((), device=device)
-        for micro in range(ranks.rank, len(micro_batches), ranks.world):
-            idx, targets, label = batch_of(train, micro_batches[micro], device)
-            label, t, x_0, own_guess = draw(config, model, targets, label, generator_for(device, 0, config.seed, step, micro))
-            with autocast, sdpa_kernel(kernels):
-                loss = diffusion.nll(model, idx, targets, label, t, x_0, own_guess).sum() / n_targets
-            scaler.scale(loss).backward()
+        micro_batches = np.array_split(ids, self.ranks.world * config.grad_accum)
+        loss_sum = torch.zeros((), device=self.device)
+        for micro in range(self.ranks.rank, len(micro_batches), self.ranks.world):
+            idx, targets, label = batch_of(train, micro_batches[micro], self.device)
+            generator = generator_for(self.device, 0, config.seed, self.step, micro)
+            label, t, x_0, own_guess = draw(config, self.model, targets, label, generator)
+            with self.autocast, sdpa_kernel(self.kernels):
+                loss = diffusion.nll(self.model, idx, targets, label, t, x_0, own_guess).sum() / n_targets
+            self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
-        ranks.sum_grads(params)
-        ranks.sum(loss_sum)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
-        if not math.isfinite(loss_sum.item()):
-            raise UserError(f"error: the loss is {loss_sum.item()} at step {step}; lower learning_rate, or use another dtype. "
-                            f"{last} has the last evaluated state")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self.ranks.sum_grads(self.params)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, config.grad_clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.ranks.sum(loss_sum).item()
+        if not math.isfinite(loss):
+            raise UserError(f"error: the loss is {loss} at step {self.step}; lower learning_rate or use another dtype. "
+                            f"{self.last} holds the last evaluated state")
+        self.step += 1
+        return loss, float(norm), n_targets
 
-        step += 1
-        tokens += n_targets
+    def evaluate_and_save(self):
+        config, result = self.config, evaluate(self.model, self.eval_data, self.eval_ids, self.config, self.ranks, self.autocast)
+        text = f"step {self.step}: validation loss {result['val_loss']:.4f}"
+        if self.model.path:
+            text += f" (trunk {result['trunk_loss']:.4f})  by t " + " ".join(f"{x:.3f}" for x in result["val_loss_by_t"])
+        self.say(text)
+        self.report({"step": self.step} | result)
+        better, self.best = result["val_loss"] < self.best, min(result["val_loss"], self.best)
+        if self.ranks.main:
+            lora = [config.lora_rank, config.lora_alpha] if config.trunk_mode == "lora" else None
+            checkpoint = describe(self.model, lora) | {
+                "config": asdict(config), "step": self.step, "best": self.best, "data": self.manifest,
+                "tokenizer": {"name": self.manifest["tokenizer"], "fingerprint": self.manifest["fingerprint"]}}
+            if better:
+                save(checkpoint, os.path.join(config.out_dir, "best.pt"))
+            save(checkpoint | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, self.last)
+
+
+def main(argv=None):
+    config = configure(Config, argv, __doc__)
+    run = Run(config)
+    n_trunk, n_trained = sum(p.numel() for p in run.model.trunk.parameters()), sum(p.numel() for p in run.params)
+    run.say(f"{len(run.train.labels)} examples, {run.per_epoch} steps an epoch; trunk {n_trunk:,} parameters, {n_trained:,} trained; "
+            f"{run.ranks.world} x {run.device.type}, {run.dtype}")
+    progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not (run.ranks.main and sys.stderr.isatty()))
+    if run.step == 0:
+        run.evaluate_and_save()
+    start, first, tokens = time.time(), run.step, 0
+    while run.step < config.steps:
+        loss, norm, n_targets = run.train_step()
+        step, tokens, seconds = run.step, tokens + n_targets, time.time() - start
         progress.update()
         if step % config.log_every == 0 or step == config.steps:
-            seconds = time.time() - start
-            eta = seconds / (step - first) * (config.steps - step)
-            say(f"step {step}/{config.steps}  loss {loss_sum.item():.4f}  lr {learning_rate(step - 1, config):.2e}  norm {norm:.2f}  "
-                f"{tokens / seconds:,.0f} target tokens/s  ETA {int(eta) // 60}:{int(eta) % 60:02d}")
-            report({"step": step, "loss": loss_sum.item(), "lr": learning_rate(step - 1, config), "grad_norm": float(norm),
-                    "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds)})
+            eta, lr = int(seconds / (step - first) * (config.steps - step)), learning_rate(step - 1, config)
+            run.say(f"step {step}/{config.steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
+                    f"{tokens / seconds:,.0f} target tokens/s  ETA {eta // 60}:{eta % 60:02d}")
+            run.report({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": round(seconds, 1),
+                        "tokens_per_second": round(tokens / seconds)})
         if step % config.eval_every == 0 or step == config.steps:
-            evaluate_and_save()
+            run.evaluate_and_save()
     progress.close()
-    if ranks.world > 1:
+    if run.ranks.world > 1:
         dist.destroy_process_group()
 
 
