@@ -12,7 +12,7 @@ tells, u is the quantity before the last step, {e} in the sentence is "3*12 = <<
 import hashlib
 import re
 
-MAX_NUMBER = 999                     # of all numbers, intermediate results included; each is one token
+MAX_NUMBER = 99                     # of all numbers, intermediate results included; each is one token
 
 PEOPLE = [(name, "she", "her") for name in "Emma Mia Anna Lily Zoe Ruth Eva Nina Ivy Rosa Jane Lucy".split()] + \
          [(name, "he", "him") for name in "Tom Noah Ben Sam Max Leo Paul Jack Omar Luis Hugo Finn".split()]
@@ -88,9 +88,9 @@ def operand(rng, operation, v):
     """A number b for "v+b", "b-v", ... that is neither trivial nor out of range."""
     op = operation[1]
     if op == "+":
-        return rng.randint(2, 9) if operation == "b+1" else number(rng, 11, MAX_NUMBER - v)
+        return rng.randint(2, 9) if operation == "b+1" else number(rng, 3, MAX_NUMBER - v)
     if op == "-":
-        return number(rng, v + 11, MAX_NUMBER) if operation == "b-v" else number(rng, 11, v - 5)
+        return number(rng, v + 3, MAX_NUMBER) if operation == "b-v" else number(rng, 3, v - 3)
     if op == "*":
         return rng.randint(2, max(2, min(12, MAX_NUMBER // v)))
     return rng.choice([b for b in range(3, 13) if v % b == 0 and v > 2 * b] or [0]) or number(rng, 1, 0)
@@ -111,7 +111,7 @@ def tell(rng, n_steps):
     (n, she, her), (m, *_), (k, *_) = rng.sample(PEOPLE, 3)
     c, d = rng.sample(CONTAINERS, 2)
     words = dict(n=n, m=m, k=k, she=she, She=she.title(), her=her, o=rng.choice(OBJECTS), c=c, d=d)
-    a = v = number(rng, 12, 400)
+    a = v = number(rng, 4, 60)
     u, question, answer = v, [], []
     for sentence, steps in [start, *rng.sample(EVENTS, n_events), ending]:
         b = operand(rng, steps[0][0], v) if "{b}" in sentence else None
@@ -131,7 +131,7 @@ def drill(rng):
     shown, kind = ", ".join(map(str, numbers)), rng.randrange(8)
     if kind <= 1:                                              # twice as often as the others
         operation = rng.choice(["v+b", "v-b", "v*b", "v/b"])
-        v = number(rng, 12, 900)
+        v = number(rng, 4, 89)
         op, b = operation[1], operand(rng, operation, v)
         e, result = annotate(v, op, b)
         question, line = f"What is {v} {op} {b}?", f"{e}."

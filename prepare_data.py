@@ -184,7 +184,7 @@ def load_tokenizer(name):
 
 def arithmetic_tokenizer():
     """
-    A tiny Encoding for the arithmetic task: 256 bytes, the numbers 0 to 999 with and without a leading space,
+    A tiny Encoding for the arithmetic task: 256 bytes, the numbers 0 to 99 with and without a leading space,
     and every word and sign of the generator's texts. tiktoken makes one token of a piece that is in the ranks
     as a whole; any other text falls back to smaller pieces, at worst bytes, so everything round-trips.
     """

@@ -18,7 +18,7 @@ from diffusion import Sampler, generate
 from model import load_checkpoint, model_from_checkpoint
 from prepare_data import encode_prompt, fingerprint, load_tokenizer
 
-QUESTION = "Emma has 45 apples. She buys 3 boxes of 12 apples each. Then she gives 17 apples to Luis. How many apples does she have?"
+QUESTION = "Emma has 38 apples. Then she buys 26 more. She gives half of them to Luis. How many apples does Emma have now?"
 
 
 @dataclass(frozen=True)

@@ -173,10 +173,13 @@ def batch_of(data, ids, device):
     return idx.to(device), targets.to(device), label.to(device)
 
 
-def batches_of_epoch(lengths, batch_size, seed):
-    """The batches of one epoch, (n, batch_size) example ids: shuffled, then sorted by length within chunks of 50
-    batches, so that a batch holds similar lengths and little padding. The rest that fills no batch waits for
-    another epoch's shuffle; data smaller than a batch is repeated to fill one."""
+def batches_of_epoch(lengths, batch_size, n_micro, seed):
+    """The example ids of one epoch, (steps, n_micro, batch_size / n_micro): a step's micro-batches, all ranks together.
+
+    Shuffled, then sorted by length within chunks of 50 batches and cut into micro-batches, so that a micro-batch
+    holds similar lengths and little padding; a step takes its micro-batches at random, so that it sees all lengths.
+    The rest that fills no batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
+    """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
     if len(order) < batch_size:
@@ -184,7 +187,8 @@ def batches_of_epoch(lengths, batch_size, seed):
     order = order[:len(order) // batch_size * batch_size]
     chunks = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
     order = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
-    return rng.permutation(order.reshape(-1, batch_size))
+    micro_batches = rng.permutation(order.reshape(-1, batch_size // n_micro))
+    return micro_batches.reshape(-1, n_micro, batch_size // n_micro)
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -298,11 +302,11 @@ class Run:
             self.train, self.val = load(config, config.train_split), load(config, config.val_split)
             torch.manual_seed(config.seed)                                    # the same initial weights on every rank
             self.model = make_model(config, self.manifest).to(self.device)
-        self.lengths = np.diff(self.train.offsets)
-        self.per_epoch = len(batches_of_epoch(self.lengths, config.batch_size, 0))
+        self.lengths, self.epoch = np.diff(self.train.offsets), None
+        self.per_epoch = max(1, len(self.lengths) // config.batch_size)
         self.eval_data, self.eval_ids = self.val, range(min(config.eval_examples, len(self.val.labels)))
         if config.overfit:
-            self.eval_data, self.eval_ids = self.train, self.batch(0)
+            self.eval_data, self.eval_ids = self.train, self.batch(0).flatten()
 
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.params, config)
@@ -364,17 +368,18 @@ class Run:
                 file.write(json.dumps(record) + "\n")
 
     def batch(self, step):
-        """The ids of the examples of a step, all ranks together."""
-        epoch = 0 if self.config.overfit else step // self.per_epoch
-        if getattr(self, "epoch", None) != epoch:
-            self.epoch, self.order = epoch, batches_of_epoch(self.lengths, self.config.batch_size, [self.config.seed, epoch])
-        return self.order[0 if self.config.overfit else step % self.per_epoch]
+        """The ids of the examples of a step, (micro-batches, examples of each), all ranks together."""
+        config = self.config
+        epoch, i = (0, 0) if config.overfit else divmod(step, self.per_epoch)
+        if self.epoch != epoch:
+            n_micro = self.ranks.world * config.grad_accum
+            self.epoch, self.order = epoch, batches_of_epoch(self.lengths, config.batch_size, n_micro, [config.seed, epoch])
+        return self.order[i]
 
     def train_step(self):
         """One optimizer step: micro-batches, backward, sum over ranks, clip, step. Returns loss, gradient norm, targets."""
-        config, train, ids = self.config, self.train, self.batch(self.step)
-        n_targets = sum(int(train.mask[train.offsets[i] + 1:train.offsets[i + 1]].sum()) for i in ids)   # of all ranks
-        micro_batches = np.array_split(ids, self.ranks.world * config.grad_accum)
+        config, train, micro_batches = self.config, self.train, self.batch(self.step)
+        n_targets = sum(int(train.mask[train.offsets[i] + 1:train.offsets[i + 1]].sum()) for i in micro_batches.flat)  # of all ranks
         loss_sum = torch.zeros((), device=self.device)
         for micro in range(self.ranks.rank, len(micro_batches), self.ranks.world):
             idx, targets, label = batch_of(train, micro_batches[micro], self.device)
