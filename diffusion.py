@@ -112,7 +112,7 @@ def time_grid(n, t_end, shift=1.0):
 
     u = i / n is mapped to shift u / (1 + (shift - 1) u), then scaled by t_end.
     """
-    return [t_end * shift * (i / n) / (1 + (shift - 1) * (i / n)) for i in range(n + 1)] if n else [0.0]
+    return [t_end * (shift * i / (n - i + shift * i)) for i in range(n + 1)] if n else [0.0]
 
 
 def integrate(f, x, steps, solver="euler", t_end=None, shift=1.0):
@@ -141,7 +141,7 @@ def adaptive(f, x, steps, tol=0.1, t_end=None, first_step=0.25):
     field is piecewise constant and e is 0 exactly when the guess has not changed.
     A row ends at t_end (default (steps - 1) / steps) or when its `steps` evaluations are spent: whichever comes
     first, its last evaluation is the prediction. f(x, t, rows) is asked for the rows (B,) bool only; t is (B,).
-    Returns x and t (B,) of the last evaluation.
+    Returns x and t (B,), where each row stands.
     """
     t_end = (steps - 1) / steps if t_end is None else t_end
     t = torch.zeros(len(x), device=x.device)
@@ -156,6 +156,7 @@ def adaptive(f, x, steps, tol=0.1, t_end=None, first_step=0.25):
         x_new = x + dt[:, None] * v
         v_new = velocity(x_new, t_new, f(x_new, t_new, rows))
         error = dt / 2 * (v_new - v).norm(dim=1) / x.size(1) ** 0.5           # (B,)
+        error = torch.where(t_new < 1, error, 0.0)                            # at 1 there is no slope: the step stands
         accept = rows & (error <= tol)
         x, v = (torch.where(accept[:, None], new, old) for new, old in ((x_new, x), (v_new, v)))
         t = torch.where(accept, t_new, t)
@@ -226,9 +227,10 @@ class Denoiser:
         self.nfe = torch.zeros_like(pos)
         self.running = torch.ones_like(pos, dtype=torch.bool)                 # rows the stopping rule has not ended
         self.logits = model.trunk.head(h_trunk).float()
+        self.guess = self.logits.argmax(-1)
         if sampler.steps > 1:
             self.guess, self.x_1_hat = self.estimate(self.logits, u[:, 1])
-            self.write_trace(0.0, slice(None))
+        self.write_trace(0.0, slice(None))
 
     def __call__(self, x_t, t, rows=None, last=False):
         """Evaluate at x_t (B, D) and t, a float or (B,), the rows (B,) bool that have not stopped; return x_1_hat.

@@ -23,6 +23,7 @@ import copy
 import json
 import math
 import os
+import re
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -202,7 +203,7 @@ class GPT(nn.Module):
                 setattr(owner, name, LoRALinear(getattr(owner, name), rank, alpha, owned=True))
 
     def merge_lora(self):
-        """Undo add_lora, keeping what the LoRA learned in the weights."""
+        """Undo add_lora, keeping what the LoRA learned in the weights (a path that borrows them sees the change)."""
         for block in self.h:
             for owner, name in linears(block):
                 setattr(owner, name, getattr(owner, name).merged())
@@ -215,14 +216,10 @@ class GPT(nn.Module):
         """
         path = download_weights(name) if not os.path.exists(name) else Path(name)
         path = path / "model.safetensors" if path.is_dir() else path
-        tensors, config = clean_names(read_safetensors(path), path), None
-        if (path.parent / "config.json").exists():
-            config = json.loads((path.parent / "config.json").read_text())
-            if (act := config.get("activation_function", "gelu_new")) not in ("gelu_new", "gelu_pytorch_tanh"):
-                raise UserError(f"error: {path.parent}/config.json has activation_function={act}; GPT-2 has gelu_new")
+        tensors = clean_names(read_safetensors(path), path)
         block_size, (vocab_size, n_embd) = tensors["wpe.weight"].shape[0], tensors["wte.weight"].shape
         n_layer = len({key.split(".")[1] for key in tensors if key.startswith("h.")})
-        n_head = config["n_head"] if config else n_embd // 64                 # every GPT-2 has heads of 64
+        n_head = heads_from_config(path.parent / "config.json") or n_embd // 64   # every released GPT-2 has heads of 64
         model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
         load_state(model, {k: v.float() for k, v in tensors.items()}, path)
         return model
@@ -259,9 +256,28 @@ def download_weights(name):
             reply.raise_for_status()
         except requests.RequestException as e:
             raise UserError(f"error: cannot reach {url} ({e}); fetch model.safetensors by hand and pass its path")
-        sha256 = reply.headers.get("X-Linked-Etag", "").strip('"') or None
+        sha256 = reply.headers.get("X-Linked-Etag", "").strip('"')
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise UserError(f"error: {url} comes without a sha256 (X-Linked-Etag) to check it against; fetch it by hand and pass its path")
     download(url, path, n_bytes, sha256)
     return path
+
+
+def heads_from_config(path):
+    """n_head from the config.json beside the weights, checked to be GPT-2's kind of model; None without that file."""
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+        n_head = int(config["n_head"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"error: {path} is not the config of a GPT-2: it must be a JSON object with n_head")
+    expected = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
+                "scale_attn_by_inverse_layer_idx": (False,)}
+    for key, values in expected.items():
+        if config.get(key, values[0]) not in values:
+            raise UserError(f"error: {path} has {key}={config[key]}, but GPT-2 has {values[0]}; these weights would give other logits here")
+    return n_head
 
 
 def read_safetensors(path):
@@ -286,7 +302,8 @@ def read_safetensors(path):
         try:
             dtype, shape, (start, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
             count = math.prod(shape)
-            fits = 0 <= start <= end <= len(data) - n - 8 and end - start == count * dtype.itemsize
+            fits = all(type(z) is int and z >= 0 for z in (*shape, start, end)) \
+                and end <= len(data) - n - 8 and end - start == count * dtype.itemsize
         except (KeyError, TypeError, ValueError):
             raise bad(f"the entry of {name} cannot be read")
         if not fits:
@@ -304,7 +321,8 @@ def clean_names(tensors, path):
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
             continue                            # the causal mask of old checkpoints; the tied head
-        out[name] = tensor.t() if name.endswith(transposed) else tensor       # checkpoints have Conv1D: (in, out)
+        conv1d = name.endswith(transposed) and tensor.dim() == 2              # checkpoints have Conv1D: (in, out)
+        out[name] = tensor.t() if conv1d else tensor
     if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], out.get("wte.weight", torch.empty(0))):
         raise UserError(f"error: {path}: lm_head.weight differs from wte.weight; GPT-2's head is tied")
     if any(name not in out or out[name].dim() != 2 for name in ("wte.weight", "wpe.weight")):
@@ -339,12 +357,12 @@ class PathConfig:
     alpha: float = 32.0
 
 
-def two_layers(n_in, n_hidden, n_out, zero=False):
+def two_layers(n_in, n_hidden, n_out, zero=False, bias=True):
     """Linear - SiLU - Linear; zero: the last layer starts at 0, so that what it controls starts off."""
-    net = nn.Sequential(nn.Linear(n_in, n_hidden), nn.SiLU(), nn.Linear(n_hidden, n_out))
+    net = nn.Sequential(nn.Linear(n_in, n_hidden), nn.SiLU(), nn.Linear(n_hidden, n_out, bias))
     if zero:
-        nn.init.zeros_(net[2].weight)
-        nn.init.zeros_(net[2].bias)
+        for p in net[2].parameters():
+            nn.init.zeros_(p)
     return net
 
 
@@ -431,7 +449,7 @@ class DiffusionPath(nn.Module):
         self.label = nn.Embedding(config.n_labels + 1, E)                     # the last one: no label
         nn.init.normal_(self.label.weight, std=0.02)
         self.h = nn.ModuleList(PathBlock(block, config) for block in trunk.h)
-        self.w = two_layers(E, E, C, zero=True)                               # w(t) of Eq. 6
+        self.w = two_layers(E, E, C, zero=True, bias=False)                   # w(t) of Eq. 6; a bias would cancel in w_d
 
     def token_space(self, e):
         """Eq. 5: V_y = sqrt(D) W e_y / |W e_y|, float32. e (..., C) token embeddings -> (..., D)."""
@@ -510,7 +528,7 @@ def load_checkpoint(path):
         raise UserError(f"error: no checkpoint at {path}; train one first, e.g. python train.py config/demo_trunk.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(checkpoint, dict) and {"trunk_config", "model"} <= checkpoint.keys()
+        assert isinstance(checkpoint, dict) and {"trunk_config", "trunk_lora", "path_config", "model"} <= checkpoint.keys()
         return checkpoint
     except Exception as e:
         raise UserError(f"error: {path} is not a checkpoint of train.py, or is damaged "

@@ -99,7 +99,7 @@ def main(argv=None):
     label = None if config.label == -1 else [config.label] * config.num_samples
     start = time.time()
     outputs = generate(model, [prompt] * config.num_samples, encoding.eot_token, config.max_new_tokens, sampler, label,
-                       config.seed, trace=config.trace and config.steps > 1)
+                       config.seed, trace=config.trace)
     seconds = time.time() - start
     for i, output in enumerate(outputs):
         print(f"--- sample {i + 1} of {config.num_samples}")

@@ -472,7 +472,7 @@ def test_the_path_by_hand(mode):
     h_trunk, kv = model.read(idx, at)
     x_t, t, label = noisy(18)
     logits = model(h_trunk, kv, at, x_t, t, label)
-    mlp = lambda net, x: net[2].weight @ F.silu(net[0].weight @ x + net[0].bias) + net[2].bias
+    mlp = lambda net, x: net[2].weight @ F.silu(net[0].weight @ x + net[0].bias) + (0 if net[2].bias is None else net[2].bias)
     ln = lambda x: (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
 
     def weights(owner, name, rows=None):
