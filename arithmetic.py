@@ -162,7 +162,7 @@ def drill(rng):
     return question, f"{line}\n#### {result}"
 
 def task_problem(rng):
-    return story(rng, rng.choice([2, 2, 3, 3, 4]))
+    return story(rng, rng.choice([2, 3]))
 
 def mix_problem(rng):
     if rng.random() < 0.5:

@@ -2,15 +2,22 @@
 What does a step cost? Counted and measured, with random weights of any GPT-2 size: no download.
 
     python bench.py                                                    # decoding of GPT-2 124M, batch 1 and 8
-    python bench.py --train --baseline --repeats=7                     # training steps too; transformers' GPT-2 beside ours
-    python bench.py --model=gpt2-xl --compile --train --train_batch=32 --train_prompt=1 --train_answer=512 --ragged=False  # GPU
+    python bench.py --train --baseline                                 # training steps, and transformers' GPT-2 beside ours
+    python bench.py --compile --train --train_batch=32 --train_prompt=64 --train_answer=448 --ragged=False    # one GPU
 
-Counted: every number is the value of the formula printed beside it. Measured: in one run, all variants by turns within
-each repeat, so that what else the machine does hits them alike; medians [least, greatest] over the repeats, ratios taken
-within each repeat. Decoding is diffusion.generate, greedy, with an end of text that never comes. A fresh path has
-w_d = 0: every number of steps must write the trunk's tokens, and an adaptive solver sees a guess that never changes.
+Counted: every number is the value of the formula beside it. Measured: in one run, all variants by turns within each
+repeat, so that what else the machine does hits them alike; median [least, greatest] of the repeats, ratios within each.
+
+Decoding is diffusion.generate, greedy, with an end of text that never comes. A fresh path has w_d = 0: at every T it must
+write what plain decoding writes, and an adaptive solver sees a guess that never changes. nfe: path calls per token;
+vs_plain: time against plain decoding (T = 1), and floor_vs_plain by bytes read; call_ms, call_vs_plain: one more path
+call, in ms and in tokens of plain decoding; floor_share: of the speed at which each pass reads its weights and the KV
+cache once, or computes its FLOPs, as fast as the probes (copy, matrix-vector product, matmul) do in the same run.
+
+Training is the step of train.py on one batch; everyone has the head at the targets only. matmul_share: FLOPs of the step,
+padding included, against the matmul probe (MFU by a measured peak); state: weights and optimizer; saved: kept for the
+backward pass; peak (GPU): state and all that a step allocates.
 """
-import datetime
 import json
 import os
 import platform
@@ -29,6 +36,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -46,26 +54,26 @@ SIZES = GPT2_SIZES | {"tiny": GPTConfig(vocab_size=1024, n_layer=2, n_head=2, n_
 class Config:
     # what to measure
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "tiny"] = "gpt2"
-    decode: bool = True             # measure decoding
-    train: bool = False             # measure training steps
-    baseline: bool = False          # decode with transformers' GPT-2 as well, same weights (needs transformers)
+    decode: bool = True
+    train: bool = False
+    baseline: bool = False          # decode with transformers' GPT-2 too, on the same weights
     repeats: int = 5
-    out: str = "out/bench.json"     # settings, machine, counts and all raw repeats
+    out: str = "out/bench.json"     # settings, machine, counts and the raw repeats
     # decoding
     steps: str = "1,2,4,8,16"       # evaluations per token; 1, plain decoding, is always measured
     solvers: str = "euler"          # of euler, midpoint, heun, adaptive
     batch: str = "1,8"              # prompts decoded at once
     path_mode: Literal["full", "lora"] = "full"
-    prompt: int = 64                # tokens of a prompt
+    prompt: int = 64                # tokens
     new_tokens: int = 32
-    # training: examples of GSM8K's lengths
-    train_batch: int = 8            # examples of a batch
+    # training, on examples of GSM8K's lengths
+    train_batch: int = 8
     train_prompt: int = 60          # mean tokens of a prompt
     train_answer: int = 96          # mean tokens of an answer
     ragged: bool = True             # lengths vary as GSM8K's do; a batch holds similar ones, as in train.py
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # weights in decoding, autocast in training; auto: bfloat16 on cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights in decoding, autocast in training; auto: bfloat16 on cuda
     compile: bool = False
     seed: int = 0
 
@@ -74,274 +82,255 @@ class Config:
         for name in ("repeats", "prompt", "new_tokens", "train_batch", "train_prompt", "train_answer"):
             if getattr(self, name) < 1:
                 raise UserError(f"error: {name}={getattr(self, name)}, but it must be at least 1")
+        for a, b in (("prompt", "new_tokens"), ("train_prompt", "train_answer")):
+            if (total := getattr(self, a) + getattr(self, b)) > SIZES[self.model].block_size:
+                raise UserError(f"error: {a} + {b} = {total}, but {self.model} has {SIZES[self.model].block_size} positions; lower one")
         if wrong := [s for s in self.solvers.split(",") if s not in SOLVERS]:
-            raise UserError(f"error: solvers={self.solvers!r} has {wrong[0]!r}; the solvers are {', '.join(SOLVERS)}, separated by commas")
-        for total, what in ((self.prompt + self.new_tokens, "prompt + new_tokens"), (self.train_prompt + self.train_answer, "train_prompt + train_answer")):
-            if total > SIZES[self.model].block_size:
-                raise UserError(f"error: {what} = {total} is beyond the {SIZES[self.model].block_size} positions of {self.model}; lower one")
+            raise UserError(f"error: solvers={self.solvers!r}: {wrong[0]!r} is not one of {', '.join(SOLVERS)}")
 
     def numbers(self, name):
-        """The whole numbers that an option lists, without repeats, in order."""
-        words = [word.strip() for word in getattr(self, name).split(",")]
-        if not all(word.isdecimal() and int(word) for word in words):
+        """The numbers that an option lists."""
+        words = getattr(self, name).split(",")
+        if not all(word.strip().isdecimal() and int(word) for word in words):
             raise UserError(f"error: {name}={getattr(self, name)!r}, but it must be numbers from 1 up, separated by commas, such as 1,2,4")
-        return sorted({int(word) for word in words})
+        return sorted(set(map(int, words)))
 
 
 # ---------------------------------------------------------------------------------------------------- counted
-FORMULAS = {                        # later ones may use earlier ones by name
-    "trunk_blocks":      "L*(12*C*C + 13*C)",
-    "head":              "V*C",                                               # tied to the embedding
-    "trunk":             "trunk_blocks + head + P*C + 2*C",
-    "trunk_lora":        "L*r*16*C",
-    "path_blocks":       "L*(10*C*C + 11*C)",                                 # no keys and values
-    "path_lora":         "L*r*14*C",
-    "modulation_heads":  "L*(E*E + E + 6*C*E + 6*C)",
-    "W":                 "C*D",
-    "x_in":              "D*D + D + D*C + C",
-    "t_in_label_w":      "2*(E*E + E) + E + (E*E + E + E*C + C)",
-    "L2D_full_path":     "path_blocks + modulation_heads + W + x_in + t_in_label_w",
-    "L2D_LoRA_path":     "path_lora + modulation_heads + W + x_in + t_in_label_w",
-    "trunk_flops":       "2*(L*12*C*C + V*C) + L*4*S*C",
-    "path_flops":        "2*(L*10*C*C + D*D + D*C + V*C) + L*4*S*C + lora*2*path_lora",
-    "prefill_flops":     "2*(prompt*L*12*C*C + V*C)",                         # attention left out: a floor
-    "trunk_bytes":       "b*(trunk_blocks + head)",
-    "path_bytes":        "b*(path_blocks + x_in + head + lora*path_lora)",    # modulations and w_d are tabulated
-    "path_per_trunk":    "path_bytes / trunk_bytes",
-    "floor_T16":         "1 + 15*path_per_trunk",
-    "kv_bytes_position": "b*2*L*C",
-    "kv_bytes":          "S*kv_bytes_position",
+FORMULAS = {                        # a later one may use the names of earlier ones
+    # parameters
+    "trunk_blocks": "L*(12*C*C + 13*C)",
+    "head": "V*C",                                                            # tied to the embedding
+    "trunk": "trunk_blocks + head + P*C + 2*C",
+    "trunk_lora": "L*r*16*C",
+    "path_blocks": "L*(10*C*C + 11*C)",                                       # no keys and values
+    "path_lora": "L*r*14*C",
+    "modulation": "L*(E*E + E + 6*C*E + 6*C)",
+    "W": "C*D",
+    "x_in": "D*D + D + D*C + C",
+    "t_in_label_w": "2*(E*E + E) + E + (E*E + E + E*C)",
+    "l2d_full_path": "path_blocks + modulation + W + x_in + t_in_label_w",
+    "l2d_lora_path": "path_lora + modulation + W + x_in + t_in_label_w",
+    # one token at context S: 2 x matmul parameters + attention. Modulations and w_d come from a table
+    "trunk_flops": "2*(L*12*C*C + V*C) + L*4*S*C",
+    "path_flops": "2*(L*10*C*C + D*D + D*C + V*C + lora*path_lora) + L*4*S*C",
+    # read for one token at batch 1
+    "trunk_bytes": "b*(trunk_blocks + head)",
+    "path_bytes": "b*(path_blocks + x_in + head + lora*path_lora)",
+    "kv_bytes": "b*2*L*C*S",                                                  # of a row at context S
+    # the least a token can cost, in plain tokens: one trunk pass and T - 1 path calls
+    "path_per_trunk": "path_bytes / trunk_bytes",
+    "floor_T16": "1 + 15*path_per_trunk",
 }
-HEADINGS = {"trunk_blocks": "parameters", "trunk_flops": "FLOPs: 2 x matmul parameters + attention, one token at context S",
-            "trunk_bytes": "bytes read for one token at batch 1, least cost of T = 16 in plain tokens; KV cache per row"}
 
 
 def count(config, dtype):
-    """(symbols, {name: value}) of FORMULAS. The path's FLOPs and bytes are those of config.path_mode."""
+    """The symbols of FORMULAS and their values; lora = 1 counts the FLOPs and bytes of a LoRA path."""
     size, path = SIZES[config.model], PathConfig()
     symbols = dict(L=size.n_layer, C=size.n_embd, V=size.vocab_size, P=size.block_size, D=path.x_dim, E=path.t_dim, r=path.rank,
-                   S=config.prompt + config.new_tokens // 2, prompt=config.prompt, b=dtype.itemsize, lora=int(config.path_mode == "lora"))
+                   S=config.prompt + config.new_tokens // 2, b=dtype.itemsize, lora=int(config.path_mode == "lora"))
     counts = {}
     for name, formula in FORMULAS.items():
         counts[name] = eval(formula, {}, symbols | counts)                    # our own text, never a user's
     return symbols, counts
 
 
-def show_counts(config, symbols, counts):
-    print(f"counted for {config.model}: " + "  ".join(f"{k}={v}" for k, v in symbols.items()))
-    for name, formula in FORMULAS.items():
-        if name in HEADINGS:
-            print(f"  {HEADINGS[name]}")
-        value = f"{counts[name]:,}" if isinstance(counts[name], int) else f"{counts[name]:.3f}"
-        print(f"    {name:<18} {value:>16}  = {formula}")
+def least_seconds(config, counts, batch, nfe, bandwidth, flops):
+    """The floor of one generate: each pass reads its weights and the KV cache once, or computes its FLOPs, whichever is slower."""
+    def one(n_bytes, n_flops, kv=batch * counts["kv_bytes"]):
+        return max((n_bytes + kv) / bandwidth, batch * n_flops / flops)
+    prefill = one(counts["trunk_bytes"], 2 * (counts["head"] + config.prompt * counts["trunk_blocks"]), kv=0)
+    trunk, path = (one(counts[f"{name}_bytes"], counts[f"{name}_flops"]) for name in ("trunk", "path"))
+    return prefill + (config.new_tokens - 1) * trunk + config.new_tokens * nfe * path
 
 
-# --------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------- measuring
 def alternate(variants, repeats, device, title):
-    """Run the functions {name: f} by turns: once to warm up, then `repeats` times, each second time backwards.
+    """Run the functions {name: f} by turns: once to warm up, then `repeats` times, every other time backwards.
 
-    Returns {name: seconds of each repeat} and {name: what the warm-up returned}.
+    Returns {name: seconds of each repeat}, {name: what the warm-up returned} and, on a GPU, {name: bytes of the last
+    run's peak beyond what was allocated before}.
     """
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds, results = {name: [] for name in variants}, {}
-    progress = tqdm(total=(repeats + 1) * len(variants), desc=title, unit="run", disable=not sys.stderr.isatty())
+    seconds, results, peak, cuda = {name: [] for name in variants}, {}, {}, device.type == "cuda"
+    progress = tqdm(total=(repeats + 1) * len(variants), desc=title, unit="run", leave=False, disable=not sys.stderr.isatty())
     for i in range(repeats + 1):
-        began = time.perf_counter()
         for name in list(variants)[::-1 if i % 2 else 1]:
             progress.set_postfix_str(name)
-            sync()
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                peak[name] = -torch.cuda.memory_allocated()
             start = time.perf_counter()
             result = variants[name]()
-            sync()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-            else:
-                results[name] = result
+            if cuda:
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+            if cuda:
+                peak[name] += torch.cuda.max_memory_allocated()
+            results.setdefault(name, result)
             progress.update()
         if progress.disable:
-            print(f"{title}: {f'repeat {i}/{repeats}' if i else 'warm-up'}, {time.perf_counter() - began:.1f} s", flush=True)
+            print(f"{title}: {f'repeat {i}/{repeats}' if i else 'warm-up'}, {sum(s[-1] for s in seconds.values()):.1f} s", flush=True)
     progress.close()
-    return seconds, results
+    return {name: s[1:] for name, s in seconds.items()}, results, peak
 
 
 def spread(values):
+    values = list(values)
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def show(s, digits=2, scale=1):
-    return f"{s['median'] * scale:.{digits}f} [{s['min'] * scale:.{digits}f}, {s['max'] * scale:.{digits}f}]"
+def text(x):
+    """A cell of a table; a spread is median [min, max]."""
+    if isinstance(x, dict):
+        return f"{text(x['median'])} [{text(x['min'])}, {text(x['max'])}]"
+    if isinstance(x, float):
+        return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    return "-" if x is None else f"{x:,}" if type(x) is int else str(x)
 
 
-def ratios(seconds, other):
-    return spread([a / b for a, b in zip(seconds, other)])
+def table(rows):
+    """Print {row: {column: value}}."""
+    lines = [["", *next(iter(rows.values()))]] + [[name, *map(text, row.values())] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
 
 
-CALLS = 5                           # of a probe, in one measurement
+CALLS = 5                           # of a probe, in one run
 
 
 def probes(n_bytes, dtype, device):
-    """{name: (function, what one run moves in bytes or computes in FLOPs)}: what the machine can do."""
+    """{name: function}, {name: its bytes or FLOPs}: a copy and a matrix-vector product over n_bytes, and a large matmul."""
     n = 8192 if device.type == "cuda" else 1536
     A = torch.randn(n, n, device=device).to(dtype)
-    M = torch.ones(max(2, n_bytes // dtype.itemsize // 1024), 1024, dtype=dtype, device=device)
-    half = len(M) // 2
-    calls = {"copy": (lambda: M[half:2 * half].copy_(M[:half]), M[:2 * half].nbytes),
-             "matrix-vector": (lambda: F.linear(M[:1], M), M.nbytes), "matmul": (lambda: A @ A, 2 * n ** 3)}
-    def many(f):
-        for _ in range(CALLS):
-            f()
-    return {f"probe {name}": (partial(torch.no_grad()(many), f), CALLS * work) for name, (f, work) in calls.items()}
+    M = torch.ones(2, max(1, n_bytes // dtype.itemsize // 2048), 1024, dtype=dtype, device=device)
+    calls = {"copy": lambda: M[0].copy_(M[1]), "matvec": lambda: F.linear(M[0, :1], M.view(-1, 1024)), "matmul": lambda: A @ A}
+    functions = {name: lambda f=f: [f() for _ in range(CALLS)] and None for name, f in calls.items()}
+    return functions, {"copy": CALLS * M.nbytes, "matvec": CALLS * M.nbytes, "matmul": CALLS * 2 * n ** 3}
 
 
 def peaks(seconds, work):
-    """(bytes/s, FLOP/s): of the medians of the probes, the better of copy and matrix-vector product."""
-    rate = {name: work[name][1] / statistics.median(seconds[name]) for name in work}
-    return max(rate["probe copy"], rate["probe matrix-vector"]), rate["probe matmul"]
+    """(bytes/s, FLOP/s) by the medians of the probes; bytes/s the better of copy and matvec."""
+    copy, matvec, matmul = (n / statistics.median(seconds[name]) for name, n in work.items())
+    return max(copy, matvec), matmul
 
 
-def attention_kernels(f):
-    """How often which attention ran in f(): torch's operators (CPU and GPU), kernels (GPU)."""
+def attention_of(f):
+    """Which attention ran in f() and how often, by the names of torch's operators and, on a GPU, of its kernels."""
     with torch.profiler.profile() as profile:
         f()
-    names = re.compile(r"aten::_(scaled_dot_product|flash|efficient|cudnn)\w*attention\w*|.*(flash_|fmha|cutlassF|cutlassB|sdpa).*")
-    return Counter(e.name[:100] for e in profile.events() if names.fullmatch(e.name))
+    names = re.compile(r"aten::_scaled_dot_product\w+|(?!aten|autograd).*(flash|fmha|cutlass[FB]|sdpa).*")
+    return Counter(e.name[:80] for e in profile.events() if names.fullmatch(e.name))
 
 
 def make_model(config, trunk_mode, path_mode):
-    """The pair with random weights, frozen and trained as train.py does it."""
+    """The pair with random weights, and what train.py freezes frozen."""
     torch.manual_seed(config.seed)
-    trunk = GPT(SIZES[config.model]).requires_grad_(trunk_mode == "full")
-    path = PathConfig(mode=path_mode)
-    return build(trunk, None if path_mode == "none" else path, (path.rank, path.alpha) if trunk_mode == "lora" else None)
+    trunk, path = GPT(SIZES[config.model]).requires_grad_(trunk_mode == "full"), PathConfig(mode=path_mode)
+    return build(trunk, path if path_mode != "none" else None, (path.rank, path.alpha) if trunk_mode == "lora" else None)
 
 
-def compile(model):
-    model.compile()                                                           # as in train.py
+def compile_model(model):
+    model.compile()                                                           # in place, as in train.py
     model.trunk.compile()
 
 
-# ---------------------------------------------------------------------------------------------------- decoding
-def ours(model, prompts, config, sampler, new_tokens=None):
+# --------------------------------------------------------------------------------------------------- decoding
+def decode(model, prompts, new_tokens, sampler):
     """The new tokens of each prompt, and path calls per token."""
-    out = diffusion.generate(model, prompts, -1, new_tokens or config.new_tokens, sampler)
+    out = diffusion.generate(model, prompts, -1, new_tokens, sampler)
     return [o.tokens for o in out], sum(o.nfe for o in out) / sum(o.predicted for o in out)
 
 
-def transformers_gpt2(trunk, config):
-    """transformers' GPT-2 with the trunk's weights: a function of prompts, like ours."""
+def transformers_gpt2(trunk):
+    """transformers' GPT-2 with the trunk's weights, as a function like decode."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         raise UserError("error: --baseline needs transformers: pip install -r requirements-dev.txt")
-    c, weight = trunk.config, trunk.wte.weight
+    c, head = trunk.config, trunk.wte.weight
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
                                     bos_token_id=None, eos_token_id=None))
-    state = {f"transformer.{k}": v.t() if k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else v
-             for k, v in trunk.state_dict().items()}
-    hf.load_state_dict(state | {"lm_head.weight": weight})
-    hf.eval().to(weight.device, weight.dtype)
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    weights = {f"transformer.{k}": v.t() if k.endswith(transposed) else v for k, v in trunk.state_dict().items()}
+    hf.load_state_dict(weights | {"lm_head.weight": head})
+    hf.eval().to(head.device, head.dtype)
 
-    def decode(prompts):
-        idx = torch.tensor(prompts, device=weight.device)
-        out = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=config.new_tokens, do_sample=False, use_cache=True, pad_token_id=0)
+    def hf_decode(prompts, new_tokens):
+        idx = torch.tensor(prompts, device=head.device)
+        out = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=0)
         return out[:, idx.size(1):].tolist(), 0.0
-    return decode
+    return hf_decode
 
 
 def measure_decoding(config, counts, dtype, device):
-    """{batch: result}: every steps value and solver beside plain decoding."""
+    """{batch: result}, printed as it comes: every steps value and solver beside plain decoding."""
     model = make_model(config, "frozen", config.path_mode).requires_grad_(False).to(device, dtype)
-    baseline = transformers_gpt2(model.trunk, config) if config.baseline else None
-    rng, vocab, n, result = np.random.default_rng(config.seed), SIZES[config.model].vocab_size, config.new_tokens, {}
+    samplers = {"plain": Sampler(steps=1)} | {f"{solver} T={T}": Sampler(steps=T, solver=solver)
+                                              for solver in config.solvers.split(",") for T in config.numbers("steps") if T > 1}
+    baseline = transformers_gpt2(model.trunk) if config.baseline else None
+    rng, n, results = np.random.default_rng(config.seed), config.new_tokens, {}
     if config.compile:
-        compile(model)
+        compile_model(model)
     for batch in config.numbers("batch"):
-        prompts = rng.integers(vocab, size=(batch, config.prompt)).tolist()
-        samplers = {"plain": Sampler(steps=1)}
-        samplers |= {f"{solver} T={T}": Sampler(steps=T, solver=solver) for solver in config.solvers.split(",") for T in config.numbers("steps") if T > 1}
-        variants = {name: partial(ours, model, prompts, config, sampler) for name, sampler in samplers.items()}
+        prompts = rng.integers(SIZES[config.model].vocab_size, size=(batch, config.prompt)).tolist()
+        variants = {name: partial(decode, model, prompts, n, sampler) for name, sampler in samplers.items()}
         if baseline:
-            variants["transformers"] = partial(baseline, prompts)
-        probe = probes(counts["trunk_bytes"], dtype, device)
-        seconds, said = alternate(variants | {name: f for name, (f, _) in probe.items()}, config.repeats, device, f"decoding, batch {batch}")
-        bandwidth, flops = peaks(seconds, probe)
-
-        def floor(nfe):                                                       # of one generate, in seconds
-            kv = batch * counts["kv_bytes"]
-            least = lambda n_bytes, n_flops: max(n_bytes / bandwidth, batch * n_flops / flops)
-            return (least(counts["trunk_bytes"], counts["prefill_flops"]) + n * nfe * least(counts["path_bytes"] + kv, counts["path_flops"])
-                    + (n - 1) * least(counts["trunk_bytes"] + kv, counts["trunk_flops"]))
-        rows, plain = {}, seconds["plain"]
+            variants["transformers"] = partial(baseline, prompts, n)
+        probe, work = probes(counts["trunk_bytes"], dtype, device)
+        seconds, said, _ = alternate(variants | probe, config.repeats, device, f"decoding, batch {batch}")
+        (bandwidth, flops), rows = peaks(seconds, work), {}
         for name in variants:
-            tokens, nfe = said[name]
-            rows[name] = {"nfe": nfe, "tokens_per_second": spread([batch * n / s for s in seconds[name]]), "ratio": ratios(seconds[name], plain),
-                          "floor_ratio": 1 + nfe * counts["path_per_trunk"], "share_of_floor": ratios([floor(nfe)] * config.repeats, seconds[name]),
-                          "same_tokens": tokens == said["plain"][0]}
-        slopes = {}                                                           # of the time of a token over its path calls
-        for solver in config.solvers.split(","):
-            names = [name for name in samplers if name == "plain" or name.startswith(solver + " ")]
-            if len({rows[name]["nfe"] for name in names}) > 1:
-                fits = [np.polyfit([rows[name]["nfe"] for name in names], [seconds[name][i] / n for name in names], 1)[0] for i in range(config.repeats)]
-                slopes[solver] = {"seconds": spread(fits), "of_plain": ratios(fits, [s / n for s in plain])}
-        first, one, two = (attention_kernels(partial(ours, model, prompts, config, Sampler(steps=T), new_tokens))
-                           for T, new_tokens in ((1, 1), (1, 2), (2, 1)))
-        result[batch] = {"rows": rows, "slopes": slopes, "bandwidth": bandwidth, "matmul_flops": flops, "seconds": seconds,
-                         "attention": {"prefill": first, "trunk": one - first, "path": two - first}}
-    return result
+            (tokens, nfe), s, plain = said[name], seconds[name], seconds["plain"]
+            floor = least_seconds(config, counts, batch, nfe, bandwidth, flops)
+            rows[name] = {"nfe": nfe, "tokens_per_s": spread(batch * n / x for x in s), "vs_plain": spread(x / p for x, p in zip(s, plain)),
+                          "floor_vs_plain": 1 + nfe * counts["path_per_trunk"],
+                          "call_ms": spread(1e3 * (x - p) / n / nfe for x, p in zip(s, plain)) if nfe else None,
+                          "call_vs_plain": spread((x - p) / p / nfe for x, p in zip(s, plain)) if nfe else None,
+                          "floor_share": spread(floor / x for x in s), "same_tokens": tokens == said["plain"][0]}
+        results[batch] = {"rows": rows, "bytes_per_s": bandwidth, "flops_per_s": flops, "seconds": seconds}
+        print(f"\ndecoding {config.model}, batch {batch}, prompt {config.prompt}, {n} new tokens, {config.path_mode} path, {str(dtype)[6:]} on {device}; "
+              f"probes: {bandwidth / 1e9:.1f} GB/s, {flops / 1e12:.3f} TFLOP/s")
+        table(rows)
+        if device.type == "cuda":
+            first, trunk, path = (attention_of(partial(decode, model, prompts, m, Sampler(steps=T))) for T, m in ((1, 1), (1, 2), (2, 1)))
+            results[batch]["attention"] = {"prefill": dict(first), "trunk": dict(trunk - first), "path": dict(path - first)}
+            print(f"  attention: {results[batch]['attention']}")
+    return results
 
 
-def show_decoding(config, dtype, device, result):
-    for batch, r in result.items():
-        print(f"\ndecoding {config.model}, batch {batch}, prompt {config.prompt}, {config.new_tokens} new tokens, {config.path_mode} path, "
-              f"{str(dtype)[6:]} on {device.type}; median [min, max] of {config.repeats}\n"
-              f"  probes: {r['bandwidth'] / 1e9:.1f} GB/s, {r['matmul_flops'] / 1e12:.3f} TFLOP/s. Floor of a pass: its weights and keys and values "
-              f"read once, or its FLOPs, whichever takes longer\n"
-              f"  {'':<16} {'NFE':>5}  {'tokens/s':<24} {'time / plain':<24} {'by bytes':<9} {'% of floor speed':<20} tokens")
-        for name, row in r["rows"].items():
-            print(f"  {name:<16} {row['nfe']:5.2f}  {show(row['tokens_per_second']):<24} {show(row['ratio']):<24} {row['floor_ratio']:<9.2f} "
-                  f"{show(row['share_of_floor'], 0, 100):<20} {'same' if row['same_tokens'] else 'DIFFER'}")
-        for solver, slope in r["slopes"].items():
-            print(f"  {solver}: one more path call costs {show(slope['seconds'], 1, 1e3)} ms a token, {show(slope['of_plain'])} plain tokens")
-        show_attention(r["attention"])
-
-
-def show_attention(attention):
-    for where, names in attention.items():
-        print(f"  attention, {where}: " + (", ".join(f"{n} x {name}" for name, n in names.items()) or "none seen"))
-
-
-# ---------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 TRAINED = {"full finetuning": ("full", "none"), "trunk LoRA": ("lora", "none"), "L2D, full path": ("frozen", "full"), "L2D, LoRA path": ("frozen", "lora")}
 
 
-def examples(config):
-    """Random examples as of prepare_data.load_split, and the ids of one batch of train.py's of about mean length."""
-    rng, n = np.random.default_rng(config.seed), 50 * config.train_batch
-    def lengths(mean, shape):                                                 # GSM8K: 156 tokens, 99% below 321
-        return np.maximum(1, rng.gamma(shape, mean / shape, n).astype(int)) if config.ragged else np.full(n, mean)
-    block_size = SIZES[config.model].block_size
-    prompt = np.minimum(lengths(config.train_prompt, 9), block_size - 1)
-    total = np.minimum(prompt + lengths(config.train_answer, 4), block_size)
-    offsets = np.concatenate([[0], total.cumsum()])
-    mask = np.concatenate([np.arange(t) >= p for p, t in zip(prompt, total)])
-    data = SimpleNamespace(tokens=rng.integers(SIZES[config.model].vocab_size, size=offsets[-1]), mask=mask, offsets=offsets, labels=np.zeros(n, np.uint8))
-    batches = train.batches_of_epoch(total, config.train_batch, config.seed)
-    return data, min(batches, key=lambda ids: abs(total[ids].mean() - total.mean()))
+def random_batch(config):
+    """Random examples as of prepare_data.load_split, and the ids of a batch of similar, about mean length as of train.py."""
+    rng, n, size = np.random.default_rng(config.seed), 50 * config.train_batch, SIZES[config.model]
+    def lengths(mean, shape):                                                 # GSM8K: mean 156 tokens, 99% below 321
+        return rng.gamma(shape, mean / shape, n).astype(int).clip(1) if config.ragged else np.full(n, mean)
+    prompt, answer = lengths(config.train_prompt, 9), lengths(config.train_answer, 4)
+    total = (prompt + answer).clip(max=size.block_size)
+    data = SimpleNamespace(offsets=np.append(0, total.cumsum()), tokens=rng.integers(size.vocab_size, size=total.sum()),
+                           mask=np.concatenate([np.arange(t) >= p for p, t in zip(prompt, total)]), labels=np.zeros(n, int))
+    start = min((total < total.mean()).sum(), n - config.train_batch)
+    return data, np.argsort(total, kind="stable")[start:start + config.train_batch]
 
 
 class Trainee:
-    """A model, its optimizer and one training step on always the same batch, as train.Run takes it."""
-    def __init__(self, config, settings, trunk_mode, path_mode, batch, device, dtype):
-        self.settings, self.batch, self.device = settings, batch, device
-        self.model = make_model(config, trunk_mode, path_mode).to(device)
+    """A model, its optimizer and one training step, always on the same batch; the step is train.Run's."""
+    def __init__(self, config, modes, batch, device, dtype):
+        self.settings, self.batch, self.device = train.Config(), batch, device
+        self.model = make_model(config, *modes).to(device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = train.make_optimizer(self.params, settings)
+        self.optimizer = train.make_optimizer(self.params, self.settings)
         self.autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-        self.kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] if device.type == "cuda" else [SDPBackend.MATH]
+        flash = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if device.type == "cuda" else []
+        self.kernels = [*flash, SDPBackend.MATH]                              # on a CPU plain matmuls, as in train.py
 
     def __call__(self):
         idx, targets, label = self.batch
-        label, t, x_0, own_guess = train.draw(self.settings, self.model, targets, label, train.generator_for(self.device, 0, 0, 0))
+        label, t, x_0, own_guess = train.draw(self.settings, self.model, targets, label, train.generator_for(self.device, 0))
         with self.autocast, sdpa_kernel(self.kernels):
             loss = diffusion.nll(self.model, idx, targets, label, t, x_0, own_guess).mean()
         loss.backward()
@@ -349,89 +338,61 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def read(self):
-        with self.autocast, sdpa_kernel(self.kernels):
-            self.model.read(self.batch[0], (self.batch[1] >= 0).nonzero(as_tuple=True))
-
     def count(self):
-        """One step, not compiled: its FLOPs, padding included, and the bytes kept for its backward pass, weights apart."""
-        own, kept = {p.untyped_storage().data_ptr() for p in self.model.parameters()}, {}
+        """One step, not compiled: its FLOPs, padding included, and the bytes it keeps for backward, weights apart."""
+        weights, kept = {p.untyped_storage().data_ptr() for p in self.model.parameters()}, {}
         def pack(x):
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
-        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(pack, lambda x: x):
             self()
-        state = [p for p in self.model.parameters()] + [z for s in self.optimizer.state.values() for z in s.values()]
-        return {"flops": flops.get_total_flops(), "trained": sum(p.numel() for p in self.params), "state_bytes": sum(z.nbytes for z in state),
-                "saved_bytes": sum(n for pointer, n in kept.items() if pointer not in own)}
-
-    def peak_bytes(self):
-        """What one step allocates at its peak on the GPU, on top of what is there before; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self()
-        return torch.cuda.max_memory_allocated() - before
+        state = [*self.model.parameters(), *(z for s in self.optimizer.state.values() for z in s.values())]
+        return {"trained": sum(p.numel() for p in self.params), "flops": counter.get_total_flops(),
+                "state_MB": sum(z.nbytes for z in state) // 10 ** 6,
+                "saved_MB": sum(n for storage, n in kept.items() if storage not in weights) // 10 ** 6}
 
 
 def measure_training(config, dtype, device):
-    """One optimizer step of L2D and its controls, on the same batch."""
-    settings = train.Config(seed=config.seed)
+    """One optimizer step of L2D and of its controls, on the same batch; printed, too."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                            # as in train.py
-    data, ids = examples(config)
-    idx, targets, label = batch = train.batch_of(data, ids, device)
-    n_tokens, n_targets = int(np.diff(data.offsets)[ids].sum()), int((targets >= 0).sum())
-    trainees = {name: Trainee(config, settings, *modes, batch, device, dtype) for name, modes in TRAINED.items()}
-    rows = {name: trainee.count() for name, trainee in trainees.items()}
+    data, ids = random_batch(config)
+    idx, targets, _ = batch = train.batch_of(data, ids, device)
+    trainees = {name: Trainee(config, modes, batch, device, dtype) for name, modes in TRAINED.items()}
+    counted = {name: trainee.count() for name, trainee in trainees.items()}
     if config.compile:
         for trainee in trainees.values():
-            compile(trainee.model)
-    probe = probes(1 << 26, dtype, device)
-    seconds, _ = alternate(trainees | {name: f for name, (f, _) in probe.items()}, config.repeats, device, "training")
-    _, flops = peaks(seconds, probe)
-    full, attention = rows["full finetuning"], {}
-    for name, row in rows.items():
-        trainee, peak = trainees[name], trainees[name].peak_bytes()
-        row |= {"step_seconds": spread(seconds[name]), "tokens_per_second": spread([n_tokens / s for s in seconds[name]]),
-                "ratio": ratios(seconds[name], seconds["full finetuning"]), "flops_ratio": row["flops"] / full["flops"],
-                "share_of_matmul": row["flops"] / flops / statistics.median(seconds[name]),
-                "peak_bytes": None if peak is None else row["state_bytes"] + peak}
-        forward, step = attention_kernels(trainee.read), attention_kernels(trainee)
-        attention |= {f"{name}: trunk forward": forward, f"{name}: rest of the step": step - forward}
-    return {"rows": rows, "examples": len(ids), "tokens": n_tokens, "targets": n_targets, "padding": 1 - (n_tokens - len(ids)) / idx.numel(),
-            "matmul_flops": flops, "seconds": seconds, "attention": attention}
+            compile_model(trainee.model)
+    probe, work = probes(1 << 26, dtype, device)
+    seconds, _, peak = alternate(trainees | probe, config.repeats, device, "training")
+    flops, full, rows = peaks(seconds, work)[1], seconds["full finetuning"], {}
+    n_tokens, n_targets = int(np.diff(data.offsets)[ids].sum()), int((targets >= 0).sum())
+    for name, row in counted.items():
+        s = seconds[name]
+        rows[name] = {"trained": row["trained"], "seconds": spread(s), "tokens_per_s": spread(n_tokens / x for x in s),
+                      "vs_full": spread(x / f for x, f in zip(s, full)), "flops_vs_full": row["flops"] / counted["full finetuning"]["flops"],
+                      "matmul_share": spread(row["flops"] / flops / x for x in s), "state_MB": row["state_MB"], "saved_MB": row["saved_MB"],
+                      "peak_MB": row["state_MB"] + peak[name] // 10 ** 6 if peak else None}
+    result = {"rows": rows, "examples": len(ids), "tokens": n_tokens, "targets": n_targets, "padding": 1 - (n_tokens - len(ids)) / idx.numel(),
+              "flops": {name: row["flops"] for name, row in counted.items()}, "flops_per_s": flops, "seconds": seconds}
+    print(f"\ntraining {config.model}, a step on {len(ids)} examples, {n_tokens} tokens ({result['padding']:.0%} padding), {n_targets} targets, "
+          f"{str(dtype)[6:]} on {device}; probe: {flops / 1e12:.3f} TFLOP/s")
+    table(rows)
+    if device.type == "cuda":
+        result["attention"] = {name: dict(attention_of(trainee)) for name, trainee in trainees.items()}
+        print(f"  attention, trunk and path: {result['attention']}")
+    return result
 
 
-def show_training(config, dtype, device, r):
-    print(f"\ntraining {config.model}, one optimizer step on {r['examples']} examples, {r['tokens']} tokens ({100 * r['padding']:.0f}% padding), {r['targets']} targets, "
-          f"{str(dtype)[6:]} on {device.type}; median [min, max] of {config.repeats}\n"
-          f"  % of matmul: FLOPs of the step, padding included, against {r['matmul_flops'] / 1e12:.3f} TFLOP/s of a matmul probe (on a GPU: MFU). "
-          f"state: weights and optimizer; saved: kept for the backward pass; peak: state and all a step allocates\n"
-          f"  {'':<16} {'trained':>12}  {'seconds':<22} {'tokens/s':<26} {'time / full':<20} {'FLOPs / full':<13} {'% of matmul':<12} "
-          f"{'state MB':<9} {'saved MB':<9} peak MB")
-    for name, row in r["rows"].items():
-        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
-        print(f"  {name:<16} {row['trained']:>12,}  {show(row['step_seconds'], 3):<22} {show(row['tokens_per_second'], 0):<26} {show(row['ratio']):<20} "
-              f"{row['flops_ratio']:<13.2f} {100 * row['share_of_matmul']:<12.0f} {row['state_bytes'] / 1e6:<9.0f} {row['saved_bytes'] / 1e6:<9.0f} {peak}")
-    show_attention(r["attention"])
-
-
-# -------------------------------------------------------------------------------------------------------- main
-def describe_machine(device):
+# ------------------------------------------------------------------------------------------------------- main
+def machine(device):
     """What the numbers depend on besides the code."""
-    try:
-        cpu = re.search(r"model name\s*: (.*)", open("/proc/cpuinfo").read())[1]
-    except (OSError, TypeError):
-        cpu = platform.processor() or platform.machine()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "numpy", "transformers")}
-    return versions | {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu, "cores": os.cpu_count(),
-                       "threads": torch.get_num_threads(), "load_average": os.getloadavg(), "cuda": torch.version.cuda,
-                       "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-                       "commit": commit, "date": datetime.datetime.now().isoformat(timespec="seconds")}
+    cpu = re.search(r"model name\s*: (.*)", open("/proc/cpuinfo").read()) if os.path.exists("/proc/cpuinfo") else None
+    version = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "numpy", "transformers")}
+    return version | {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu[1] if cpu else platform.machine(),
+                      "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "cores": os.cpu_count(),
+                      "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                      "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()}
 
 
 def main(argv=None):
@@ -440,27 +401,26 @@ def main(argv=None):
     dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
     try:
         os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
-        open(config.out + ".part", "w").close()
+        if os.path.isdir(config.out):
+            raise IsADirectoryError(0, "it is a directory")
+        open(config.out + ".part", "w").close()                               # rather now than after the work
     except OSError as e:
         raise UserError(f"error: cannot write {config.out}: {e.strerror}")
-    symbols, counts = count(config, dtype)
-    result = {"config": asdict(config), "command": " ".join(sys.argv), "machine": describe_machine(device),
-              "counted": {name: {"value": counts[name], "formula": formula} for name, formula in FORMULAS.items()}, "symbols": symbols}
-    show_counts(config, symbols, counts)
-    if config.decode:
-        result["decode"] = measure_decoding(config, counts, dtype, device)
-        show_decoding(config, dtype, device, result["decode"])
-    if config.train:
-        result["train"] = measure_training(config, dtype, device)
-        show_training(config, dtype, device, result["train"])
-    result["machine_after"] = describe_machine(device)
+    before, (symbols, counts) = machine(device), count(config, dtype)
+    print(f"counted for {config.model}: " + "  ".join(f"{name}={value}" for name, value in symbols.items()))
+    counted = {name: {"value": counts[name], "formula": formula} for name, formula in FORMULAS.items()}
+    table(counted)
+    result = {"config": asdict(config), "command": " ".join(sys.argv), "symbols": symbols, "counted": counted,
+              "decode": measure_decoding(config, counts, dtype, device) if config.decode else None,
+              "train": measure_training(config, dtype, device) if config.train else None}
+    result |= {"machine_before": before, "machine": (after := machine(device))}
     with open(config.out + ".part", "w") as file:
         json.dump(result, file, indent=1)
     os.replace(config.out + ".part", config.out)
-    print(f"\n{result['machine']['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, load average {os.getloadavg()[0]:.1f}; "
-          f"written to {config.out}")
-    differ = [f"{name} (batch {batch})" for batch, r in result.get("decode", {}).items() for name, row in r["rows"].items() if not row["same_tokens"]]
-    if differ and dtype == torch.float32 and device.type == "cpu":
+    print(f"\n{after['gpu'] or after['cpu']}, {after['threads']} threads, torch {torch.__version__}, load average {before['load']:.1f} to {after['load']:.1f}; "
+          f"median [min, max] of {config.repeats} repeats; written to {config.out}")
+    differ = [f"{name} at batch {batch}" for batch, r in (result["decode"] or {}).items() for name, row in r["rows"].items() if not row["same_tokens"]]
+    if differ and dtype == torch.float32:
         raise UserError(f"error: in float32 these wrote other tokens than plain decoding: {', '.join(differ)}")
 
 
