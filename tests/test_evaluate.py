@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 from decimal import Decimal
 from pathlib import Path
@@ -20,7 +21,7 @@ from configurator import UserError
 from evaluate import flexible_answer, mcnemar, score, strict_answer, wilson
 from model import load_checkpoint
 from prepare_data import load_split
-from test_train import arithmetic, encoding, l2d, trunk, wild  # noqa: F401  (fixtures)
+from test_train import arithmetic, child, encoding, l2d, trunk, wild  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -241,19 +242,23 @@ def test_goes_on_after_a_kill(cut, run, out_dir):
     assert untimed(records(out_dir, 2)) == untimed(before) and len(path.read_text().splitlines()) == 20
 
 
-def test_answers_are_kept_as_they_come(run, out_dir, monkeypatch):
-    """Interrupted in its third batch, it has written two; the next run makes the rest."""
-    generate, calls = evaluate.generate, []
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate(*args)
-    monkeypatch.setattr(evaluate, "generate", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run("--steps=2", "--limit=30")
-    assert len(records(out_dir, 2)) == 16
+KILL = """
+import os, signal, sys, evaluate
+generate, calls = evaluate.generate, []
+def killed(*args):
     calls.append(1)
+    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)
+    return generate(*args)
+evaluate.generate = killed
+evaluate.main(sys.argv[1:])
+"""
+
+
+def test_answers_are_kept_as_they_come(run, out_dir, arithmetic):
+    """SIGKILL in its third batch: the answers of two are there, and the next run makes the rest."""
+    killed = child(["-c", KILL], f"--out_dir={out_dir}", f"--data_dir={arithmetic}", "--max_new_tokens=12", "--batch_size=8", "--steps=2", "--limit=30")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(records(out_dir, 2)) == 16
     run("--steps=2", "--limit=30")
     assert run.generated == 14 and len(records(out_dir, 2)) == 30
 
@@ -326,19 +331,20 @@ def shorten(out_dir, n):
 
 
 def test_questions_that_do_not_fit_are_wrong(out_dir, arithmetic, encoding, tmp_path):
-    shorten(out_dir, 30)
-    model, _, _ = sample.load(str(out_dir), "best")
     data = load_split(arithmetic, "val")
+    lengths = [len(encoding.encode_ordinary(f"Question: {p.question}\nAnswer:")) for p in data.problems[:40]]
+    fits = sorted(lengths)[15]                                    # the longest question that fits fills the model
+    shorten(out_dir, fits)
+    model, _, _ = sample.load(str(out_dir), "best")
     config = evaluate.Config(max_new_tokens=12, batch_size=8)
     found = evaluate.answers(config, evaluate.Sampler(steps=2), model, encoding, data, 40, [4] * 500, str(tmp_path / "x.jsonl"))
-    lengths = [len(encoding.encode_ordinary(f"Question: {p.question}\nAnswer:")) for p in data.problems[:40]]
-    assert [r["id"] for r in found] == list(range(40)) and min(lengths) <= 30 < max(lengths)
+    assert [r["id"] for r in found] == list(range(40)) and max(lengths) > fits
     for r, length in zip(found, lengths):
-        assert (r["predicted"] == 0) == (length > 30) and r["predicted"] <= max(0, 30 - length + 1)
-        if length > 30:
+        assert (r["predicted"] == 0) == (length > fits) and r["predicted"] <= max(0, fits - length + 1)
+        if length > fits:
             assert (r["output"], r["strict"], r["flexible"], r["well_formed"], r["ended"]) == ("", False, False, False, False)
     row = evaluate.summary(found, None, None)
-    assert row["n"] == 40 and row["cut"] >= sum(length > 30 for length in lengths) / 40
+    assert row["n"] == 40 and row["cut"] >= sum(length > fits for length in lengths) / 40
 
 
 def test_examples_that_do_not_fit(run, out_dir):

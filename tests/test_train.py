@@ -603,6 +603,7 @@ def test_evaluate(options, l2d):
     ranks = [OneOf(rank, 2) for rank in range(2)]
     for one in ranks:
         call(one)
+    assert sum(int(one.own[1, -1]) for one in ranks) == len(trunk_losses) > ranks[0].own[1, -1] > 0
     both = call(OneOf(0, 2, [ranks[1].own]))
     assert both["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-9) and both["trunk_loss"] == pytest.approx(alone["trunk_loss"], rel=1e-9)
     assert both["val_loss_by_t"] == alone["val_loss_by_t"]
