@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from model import new_cache
+from model import first_keys, new_cache
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -282,7 +282,7 @@ class Denoiser:
         if self.at is not None:
             return self.model(self.h_trunk[r], self.kv, tuple(z[r] for z in self.at), x_t[r], t_row, label, condition=condition).float()
         kv = [(k[r], v[r]) for k, v in self.kv]
-        return self.model(self.h_trunk[r], kv, None, x_t[r], t_row, label, self.mask[r], self.pos[r], condition).float()
+        return self.model(self.h_trunk[r], kv, None, x_t[r], t_row, label, None if self.mask is None else self.mask[r], self.pos[r], condition).float()
 
     def estimate(self, logits, u):
         """The guess (B,) and x_1_hat (B, D) that logits (B, V_size) stand for."""
@@ -321,7 +321,7 @@ def row_noise(ids, seed, max_new_tokens, x_dim, sampler, device):
     """
     x_0, u = [], []
     for i in ids:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2 ** 63)
         u.append(torch.rand(max_new_tokens, sampler.steps + 1, generator=generator))
         x_0.append(torch.randn(max_new_tokens if sampler.steps > 1 else 0, x_dim, generator=generator))
     return torch.stack(x_0).to(device), torch.stack(u).to(device)
@@ -346,9 +346,9 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
     tables, out = {}, [Generated() for _ in prompts]
     rows = list(range(B))                                                     # which output each row still writes to
 
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    lengths = [len(p) for p in prompts]
     idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)  # (B, P)
-    pos = lengths - 1                                                         # (B,) where the next token is predicted
+    pos = torch.tensor(lengths, device=device) - 1                            # (B,) where the next token is predicted
     h, kv = model.read(idx, (torch.arange(B, device=device), pos))            # (B, C)
     block_size, P = model.trunk.config.block_size, idx.size(1)
     cache = new_cache(kv, min(P + max_new_tokens, block_size))
@@ -356,11 +356,12 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
     for n in range(max_new_tokens):
         # Right padding is harmless: a row sees keys up to its own position and overwrites the padding as it grows.
         S = min(P + n, block_size)
-        mask = (torch.arange(S, device=device) <= pos[:, None])[:, None, None]          # (B, 1, 1, S)
+        ragged = min(lengths[row] for row in rows) < P                        # else every row sees all S keys: no mask
+        mask = (torch.arange(S, device=device) <= pos[:, None])[:, None, None] if ragged else None   # (B, 1, 1, S)
+        kv = first_keys(cache, S)
         if n > 0:
-            h, _ = model.trunk(token[:, None], pos[:, None], cache, mask)
+            h, kv = model.trunk(token[:, None], pos[:, None], kv, mask)
             h = h[:, 0]                                                       # (B, C)
-        kv = [(k[:, :, :S], v[:, :, :S]) for k, v in cache]
         traces = [[] for _ in rows] if trace else None
         f = Denoiser(model, sampler, V, tables, h, kv, pos, mask, label, u[:, n], traces)
         predict(f, sigma * x_0[:, n] if sampler.steps > 1 else None, sampler)

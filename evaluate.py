@@ -57,6 +57,8 @@ class Config(Sampler):
 
     def __post_init__(self):
         self.samplers()
+        if self.plot and not self.exact_match:
+            raise UserError("error: --plot draws exact match; leave out --exact_match=False")
         if self.limit < 0 or self.batch_size < 1 or self.max_new_tokens < 1:
             raise UserError(f"error: limit={self.limit}, batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}: "
                             "limit must be at least 0, the others at least 1")
@@ -64,7 +66,7 @@ class Config(Sampler):
     def samplers(self):
         """A Sampler for each number of steps."""
         words = self.steps.split(",")
-        if not all(word.strip().isdigit() for word in words):
+        if not all(word.strip().isdecimal() for word in words):
             raise UserError(f"error: steps={self.steps!r}, but it must be numbers separated by commas, such as 1,2,4,8,16")
         shared = {f.name: getattr(self, f.name) for f in fields(Sampler) if f.name != "steps"}
         return [Sampler(steps=int(word), **shared) for word in words]
@@ -99,7 +101,8 @@ def score(output, gold):
     """(strict, flexible, well-formed) of an output against the gold answer, both whole texts."""
     output, want = output.split("\nQuestion:")[0], strict_answer(gold)
     strict = strict_answer(output)
-    return strict is not None and strict == want, flexible_answer(output) == want, strict is not None
+    flexible = flexible_answer(output)
+    return strict is not None and strict == want, flexible is not None and flexible == want, strict is not None
 
 
 def wilson(k, n, z=1.96):
@@ -160,14 +163,15 @@ def answers(config, sampler, model, encoding, data, n, labels, path):
 def teacher_forced_numbers(config, sampler, model, data, n, labels):
     """Mean token accuracy and -log p of the true answers, every target given its true context."""
     device, correct, loss, count = model.trunk.wte.weight.device, 0.0, 0.0, 0
-    for start in range(0, n, config.batch_size):
-        ids = range(start, min(n, start + config.batch_size))
+    fits = [i for i in range(n) if data.offsets[i + 1] - data.offsets[i] - 1 <= model.trunk.config.block_size]
+    for start in range(0, len(fits), config.batch_size):
+        ids = fits[start:start + config.batch_size]
         idx, targets, _ = batch_of(data, ids, device)
-        generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + start)
+        generator = torch.Generator(device).manual_seed((config.seed * 1_000_003 + start) % 2 ** 63)
         label = torch.tensor([labels[i] for i in ids], device=device)
         nll, hit, _ = teacher_forced(model, idx, targets, sampler, generator, label)
         correct, loss, count = correct + hit.sum().item(), loss + nll.sum().item(), count + len(nll)
-    return {"token_accuracy": correct / count, "nll": loss / count}
+    return {"token_accuracy": correct / max(count, 1), "nll": loss / max(count, 1), "teacher_forced_n": len(fits)}
 
 
 def summary(records, before, first):
@@ -267,7 +271,10 @@ def main(argv=None):
         for record in [r for r in before if not r["strict"]][:config.mistakes]:
             problem = data.problems[record["id"]]
             print(f"\nwrong, steps={samplers[-1].steps}: {problem.question}\n  gold:   {problem.answer!r}\n  output: {record['output']!r}")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:                                                           # no git here
+        commit = ""
     results = {"config": asdict(config), "rows": rows, "weights_sha256": weights, "commit": commit, "command": " ".join(sys.argv),
                "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor() or platform.machine()}
     out = os.path.join(folder, f"{config.split}_{key}.json")

@@ -117,8 +117,6 @@ class Attention(nn.Module):
         k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (k, v))  # (B, H, T, C/H)
         if cache is not None:
             k, v = write_cache(cache, k, v, pos)                              # (B, H, S, C/H)
-            if mask is not None:
-                k, v = k[:, :, :mask.size(-1)], v[:, :, :mask.size(-1)]
         return self.c_proj(attention(q, k, v, mask)), (k, v)
 
 
@@ -174,9 +172,9 @@ class GPT(nn.Module):
     def forward(self, idx, pos=None, cache=None, mask=None):
         """Everything before the final norm.
 
-        idx (B, T) token ids; pos (B, T) their positions, 0..T-1 if not given. With a cache (from new_cache)
-        the keys and values are written into it at pos and attention sees what mask (B, 1, T, S) says, of the
-        first S entries (no mask: one query that sees the whole cache).
+        idx (B, T) token ids; pos (B, T) their positions, 0..T-1 if not given. With a cache (first_keys of new_cache)
+        the keys and values are written into it at pos and attention sees what mask (B, 1, T, S) says, or without
+        a mask all of it (a single query then).
         Returns h (B, T, C) and kv, a list of L pairs (k, v) of shape (B, H, S, C/H).
         """
         if pos is None:
@@ -226,6 +224,11 @@ def linears(block):
 def new_cache(kv, length):
     """The keys and values of a prompt, kv, with room for `length` positions in all: a preallocated cache."""
     return [tuple(F.pad(z, (0, 0, 0, length - z.size(2))) for z in pair) for pair in kv]
+
+
+def first_keys(cache, S):
+    """A view of the first S positions of a cache."""
+    return [(k[:, :, :S], v[:, :, :S]) for k, v in cache]
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -427,7 +430,9 @@ def load_checkpoint(path):
         raise UserError(f"error: no checkpoint at {path}; train one first, e.g. python train.py config/demo_trunk.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(checkpoint, dict) and {"trunk_config", "trunk_lora", "path_config", "model"} <= checkpoint.keys()
+        assert isinstance(checkpoint, dict), "wrong contents"
+        missing = {"trunk_config", "trunk_lora", "path_config", "model"} - checkpoint.keys()
+        assert not missing, f"it has no {', '.join(sorted(missing))}"
         return checkpoint
     except Exception as e:
         raise UserError(f"error: {path} is not a checkpoint of train.py, or is damaged "
@@ -436,8 +441,11 @@ def load_checkpoint(path):
 
 def model_from_checkpoint(checkpoint, source):
     """The L2D pair of a loaded checkpoint, on the CPU in float32."""
-    trunk = GPT(GPTConfig(**checkpoint["trunk_config"]))
-    path_config = PathConfig(**checkpoint["path_config"]) if checkpoint["path_config"] else None
+    try:
+        trunk = GPT(GPTConfig(**checkpoint["trunk_config"]))
+        path_config = PathConfig(**checkpoint["path_config"]) if checkpoint["path_config"] else None
+    except TypeError as e:
+        raise UserError(f"error: {source} was written by another version of this code ({e}); train it again")
     model = build(trunk, path_config, checkpoint["trunk_lora"])
     load_state(model, checkpoint["model"], source)
     return model

@@ -44,6 +44,8 @@ def load(out_dir, which, device="auto", dtype="auto"):
     device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     path = os.path.join(out_dir, f"{which}.pt")
     checkpoint = load_checkpoint(path)
+    if missing := {"tokenizer", "data", "config"} - checkpoint.keys():
+        raise UserError(f"error: {path} has no {', '.join(sorted(missing))}: another version of train.py wrote it; train it again")
     encoding = load_tokenizer(checkpoint["tokenizer"]["name"])
     if fingerprint(encoding) != checkpoint["tokenizer"]["fingerprint"]:
         raise UserError(f"error: {path} was trained with another version of the tokenizer {checkpoint['tokenizer']['name']}; train it again")

@@ -86,7 +86,7 @@ class Config:
 
     def __post_init__(self):
         at_least = dict(steps=1, batch_size=1, grad_accum=1, eval_every=1, eval_examples=1, log_every=1, block_size=2,
-                        lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0, own_guess=0, label_dropout=0)
+                        lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0, own_guess=0, label_dropout=0, min_lr=0, seed=0)
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise UserError(f"error: {name}={getattr(self, name)}, but it must be at least {low}")
@@ -98,6 +98,12 @@ class Config:
             raise UserError(f"error: warmup={self.warmup} steps is not shorter than the training, steps={self.steps}")
         if self.sigma <= 0 or self.learning_rate <= 0:
             raise UserError(f"error: sigma={self.sigma} and learning_rate={self.learning_rate} must be above 0")
+        for name in ("own_guess", "label_dropout"):
+            if getattr(self, name) > 1:
+                raise UserError(f"error: {name}={getattr(self, name)}, but it is a share and must be at most 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"error: {name}={getattr(self, name)}, but it must be at least 0 and below 1")
         if self.t_dim % 2:
             raise UserError(f"error: t_dim={self.t_dim} must be even: half of it cosines, half sines")
 
@@ -280,7 +286,7 @@ def evaluate(model, data, ids, config, ranks, autocast):
             sums[1].index_add_(0, bins, torch.ones_like(loss).double())
     mean = (ranks.sum(sums)[0] / sums[1]).tolist()
     result = {"val_loss": mean[-2], "trunk_loss": mean[-1]}
-    return result | ({"val_loss_by_t": [round(x, 4) for x in mean[:N_BINS]]} if model.path else {})
+    return result | ({"val_loss_by_t": [round(x, 4) if n else None for x, n in zip(mean, sums[1, :N_BINS].tolist())]} if model.path else {})
 
 
 # ------------------------------------------------------------------------------------------------------ run
@@ -344,8 +350,11 @@ class Run:
         checkpoint, now = load_checkpoint(self.last), asdict(self.config)
         may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk"}
         differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in checkpoint["config"].items() if k not in may_differ and now.get(k) != v]
+        differ += [f"ranks were {checkpoint['world']}, now {self.ranks.world}"] if checkpoint["world"] != self.ranks.world else []
         if differ:
             raise UserError(f"error: {self.last} belongs to another configuration: {'; '.join(differ)}")
+        if "optimizer" not in checkpoint:
+            raise UserError(f"error: {self.last} has no optimizer state (is it a best.pt?); start without --resume, in another --out_dir")
         load_state(self.model, checkpoint["model"], self.last)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
@@ -398,24 +407,29 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.ranks.sum(loss_sum).item()
-        if not math.isfinite(loss):
-            raise UserError(f"error: the loss is {loss} at step {self.step}; lower learning_rate or use another dtype. "
-                            f"{self.last} holds the last evaluated state")
+        self.check(loss, "loss")
         self.step += 1
         return loss, float(norm), n_targets
 
+    def check(self, loss, name):
+        """Stop, before anything is written, where a loss is nan or infinite."""
+        if not math.isfinite(loss):
+            raise UserError(f"error: the {name} is {loss} at step {self.step}; lower learning_rate or use another dtype. "
+                            f"{self.last} holds the last evaluated state")
+
     def evaluate_and_save(self):
         config, result = self.config, evaluate(self.model, self.eval_data, self.eval_ids, self.config, self.ranks, self.autocast)
+        self.check(result["val_loss"], "validation loss")
         text = f"step {self.step}: validation loss {result['val_loss']:.4f}"
         if self.model.path:
-            text += f" (trunk {result['trunk_loss']:.4f})  by t " + " ".join(f"{x:.3f}" for x in result["val_loss_by_t"])
+            text += f" (trunk {result['trunk_loss']:.4f})  by t " + " ".join("-" if x is None else f"{x:.3f}" for x in result["val_loss_by_t"])
         self.say(text)
         self.report({"step": self.step} | result)
         better, self.best = result["val_loss"] < self.best, min(result["val_loss"], self.best)
         if self.ranks.main:
             lora = [config.lora_rank, config.lora_alpha] if config.trunk_mode == "lora" else None
             checkpoint = describe(self.model, lora) | {
-                "config": asdict(config), "step": self.step, "best": self.best, "data": self.manifest,
+                "config": asdict(config), "world": self.ranks.world, "step": self.step, "best": self.best, "data": self.manifest,
                 "tokenizer": {"name": self.manifest["tokenizer"], "fingerprint": self.manifest["fingerprint"]}}
             if better:
                 save(checkpoint, os.path.join(config.out_dir, "best.pt"))
@@ -429,7 +443,7 @@ def main(argv=None):
     run.say(f"{len(run.train.labels)} examples, {run.per_epoch} steps an epoch; trunk {n_trunk:,} parameters, {n_trained:,} trained; "
             f"{run.ranks.world} x {run.device.type}, {run.dtype}")
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not (run.ranks.main and sys.stderr.isatty()))
-    if run.step == 0:
+    if not config.resume:
         run.evaluate_and_save()
     start, first, tokens = time.time(), run.step, 0
     while run.step < config.steps:
@@ -440,7 +454,7 @@ def main(argv=None):
             eta, lr = int(seconds / (step - first) * (config.steps - step)), learning_rate(step - 1, config)
             run.say(f"step {step}/{config.steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
                     f"{tokens / seconds:,.0f} target tokens/s  ETA {eta // 60}:{eta % 60:02d}")
-            run.report({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": round(seconds, 1),
+            run.report({"step": step, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "seconds": round(seconds, 1),
                         "tokens_per_second": round(tokens / seconds)})
         if step % config.eval_every == 0 or step == config.steps:
             run.evaluate_and_save()

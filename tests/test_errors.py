@@ -123,7 +123,7 @@ def test_train(options, parts, error, tmp_path):
     (dict(min_lr=-1), ["min_lr=-1", "at least 0"]),
 ])
 def test_train_ranges(options, parts, error):
-    """DEFECT of train.Config: these values are not checked; the first three end in a traceback, the others train nonsense."""
+    """these values are not checked; the first three end in a traceback, the others train nonsense."""
     says(error(train, **options), *parts)
 
 
@@ -164,7 +164,7 @@ def test_steps_of_evaluate(steps, error):
 
 
 def test_steps_of_evaluate_in_other_digits(error):
-    """DEFECT of evaluate.Config.samplers: a superscript is a digit to str.isdigit and none to int."""
+    """a superscript is a digit to str.isdigit and none to int."""
     says(error(evaluate, steps="1,2\u00b2"), "steps=", "separated by commas")
 
 
@@ -182,7 +182,7 @@ def test_steps_without_a_path(script, error, trunk):
 
 @pytest.mark.parametrize("script, limit", [(sample, "--max_new_tokens=2"), (evaluate, "--limit=2")])
 def test_a_huge_seed(script, limit, out_dir):
-    """DEFECT of diffusion.row_noise and evaluate.teacher_forced_numbers: the seed times 1,000,003 leaves 64 bits, a traceback."""
+    """the seed times 1,000,003 leaves 64 bits, a traceback."""
     script.main([f"--out_dir={out_dir}", "--steps=2", "--max_new_tokens=2", limit, f"--seed={10 ** 15}"])
 
 
@@ -299,7 +299,7 @@ def test_resume_on_another_trunk(error, out_dir, tmp_path, arithmetic):
     (lambda c: c.pop("data"), ["data"]),
 ])
 def test_checkpoint_of_another_version(change, parts, error, out_dir):
-    """DEFECT of load_checkpoint / model_from_checkpoint: unknown or missing entries end in a TypeError or KeyError."""
+    """unknown or missing entries end in a TypeError or KeyError."""
     checkpoint = load_checkpoint(out_dir / "best.pt")
     change(checkpoint)
     torch.save(checkpoint, out_dir / "best.pt")
@@ -307,7 +307,7 @@ def test_checkpoint_of_another_version(change, parts, error, out_dir):
 
 
 def test_resume_from_best(error, out_dir):
-    """DEFECT of Run.resume: best.pt in the place of last.pt has no optimizer and ends in a KeyError."""
+    """best.pt in the place of last.pt has no optimizer and ends in a KeyError."""
     shutil.copy(out_dir / "best.pt", out_dir / "last.pt")
     says(error(train, out_dir=out_dir, resume=True, steps=60), "last.pt", "optimizer")
 

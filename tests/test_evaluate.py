@@ -71,7 +71,7 @@ def test_score(output, gold, strict, flexible, well_formed):
 
 
 def test_a_gold_answer_without_a_number_is_never_met():
-    """DEFECT of score: nothing equals nothing, so an empty output is flexibly right where gold has no strict number."""
+    """nothing equals nothing, so an empty output is flexibly right where gold has no strict number."""
     assert score("", "#### $18")[:2] == (False, False)
     assert score("no idea", "#### unknown")[:2] == (False, False)
 
@@ -348,14 +348,14 @@ def test_questions_that_do_not_fit_are_wrong(out_dir, arithmetic, encoding, tmp_
 
 
 def test_examples_that_do_not_fit(run, out_dir):
-    """DEFECT of teacher_forced_numbers: a question or answer beyond the model's positions ends in an IndexError."""
+    """a question or answer beyond the model's positions ends in an IndexError."""
     shorten(out_dir, 60)
     results, _ = run("--steps=1,2", "--limit=20")
     assert [row["n"] for row in results["rows"]] == [20, 20] and all(0 < row["nll"] < math.inf for row in results["rows"])
 
 
 def test_without_git(run, monkeypatch, tmp_path):
-    """DEFECT of main: on a machine without git, all is generated and then nothing written."""
+    """on a machine without git, all is generated and then nothing written."""
     monkeypatch.setenv("PATH", str(tmp_path))
     results, _ = run("--steps=1", "--limit=2")
     assert results["commit"] == ""
@@ -385,6 +385,6 @@ def test_plot_draws_what_was_measured(tmp_path, monkeypatch):
 
 
 def test_plot_without_exact_match(run):
-    """DEFECT of plot: without exact match there is nothing to draw, and it ends in a KeyError."""
+    """without exact match there is nothing to draw, and it ends in a KeyError."""
     with pytest.raises(UserError, match="plot"):
         run("--steps=1", "--limit=2", "--exact_match=False", "--plot")

@@ -19,7 +19,7 @@ import model as m
 from configurator import UserError
 from diffusion import draw, nll
 from model import (GPT, GPT2_SIZES, GPTConfig, DiffusionPath, PathConfig, build, describe, load_checkpoint,
-                   model_from_checkpoint, new_cache, scale_input, time_features)
+                   model_from_checkpoint, new_cache, first_keys, scale_input, time_features)
 
 TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=3, n_head=3, n_embd=24)
 SMALL_PATH = dict(x_dim=16, t_dim=20, sigma=4.0, n_labels=3, rank=4, alpha=8.0)
@@ -382,7 +382,7 @@ def test_cached_decoding_is_the_full_forward():
         for n in range(1, 8):
             pos, S = pos + 1, 9 + n
             mask = (torch.arange(S) <= pos[:, None])[:, None, None]
-            h, _ = trunk(full[torch.arange(3), pos][:, None], pos[:, None], cache, mask)
+            h, _ = trunk(full[torch.arange(3), pos][:, None], pos[:, None], first_keys(cache, mask.size(-1)), mask)
             seen.append(h[:, 0])
         for row, length in enumerate(lengths.tolist()):
             expected = trunk(full[row:row + 1])[0][0, length - 1:length + 7]
@@ -397,7 +397,7 @@ def test_cached_decoding_in_chunks_and_without_mask():
         cache = new_cache(trunk(idx[:, :3])[1], 8)
         pos = torch.arange(3, 7).expand(2, 4)
         mask = (torch.arange(7) <= pos[:, :, None])[:, None]
-        torch.testing.assert_close(trunk(idx[:, 3:7], pos, cache, mask)[0], expected[:, 3:7], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trunk(idx[:, 3:7], pos, first_keys(cache, mask.size(-1)), mask)[0], expected[:, 3:7], atol=1e-5, rtol=1e-5)
         h, kv_cached = trunk(idx[:, 7:], torch.full((2, 1), 7), cache)
         torch.testing.assert_close(h, expected[:, 7:], atol=1e-5, rtol=1e-5)
         for ours, theirs in zip(kv_cached, kv):

@@ -303,7 +303,7 @@ def test_noise_differs_everywhere(options, monkeypatch):
     again, x_0_again = three_steps(0)
     other, x_0_other = three_steps(1)
     assert torch.equal(x_0, x_0_again) and same_tensors(ts, again)
-    assert not set(t.tolist()) & set(torch.cat(other).tolist())
+    assert len(set(t.tolist()) & set(torch.cat(other).tolist())) < 0.01 * len(t)         # float32 has few values: some meet by chance
 
 
 def test_draw(options):
@@ -391,7 +391,7 @@ train.main(argv)
 
 @pytest.mark.parametrize("at, kept", [("step", 6), ("save", 0)])
 def test_resume_after_a_kill(at, kept, options, tmp_path):
-    """DEFECT of main for [save-0]: resumed at step 0, the evaluation of step 0 stands twice in metrics.jsonl.
+    """resumed at step 0, the evaluation of step 0 stands twice in metrics.jsonl.
 
     SIGKILL three steps after a checkpoint, or half-way through writing one; then resume: bit for bit the uninterrupted run."""
     shared = options | dict(steps=12, eval_every=6, batch_size=32, own_guess=0.5, path_mode="lora")      # 9 steps an epoch
@@ -610,7 +610,7 @@ def test_evaluate(options, l2d):
 
 
 def test_bins_without_a_target(options):
-    """DEFECT of train.evaluate: one example and no stratification can leave a bin empty; 0 / 0 is no JSON."""
+    """one example and no stratification can leave a bin empty; 0 / 0 is no JSON."""
     data = load_split(options["data_dir"], "val")
     n = int(data.mask[:data.offsets[1]].sum())
     empty = lambda seed: len(set((sample_t(n, train.generator_for("cpu", 1, seed, 0), False) * 8).int().tolist())) < 8
@@ -656,7 +656,7 @@ def test_loss_is_nan(options):
 
 
 def test_nan_is_not_saved(options):
-    """DEFECT of evaluate_and_save: weights that went to NaN in the step before an evaluation replace the good last.pt."""
+    """weights that went to NaN in the step before an evaluation replace the good last.pt."""
     with pytest.raises(UserError, match="the loss is nan|validation loss"):
         train.main(argv(**options, trunk_mode="full", path_mode="none", steps=40, learning_rate=1e9, grad_clip=0, eval_every=1))
     checkpoint = load_checkpoint(options["out_dir"] / "last.pt")
@@ -665,7 +665,7 @@ def test_nan_is_not_saved(options):
 
 
 def test_float16_overflow(options, monkeypatch):
-    """DEFECT of train_step: a step that the scaler skips has an infinite norm, which is no JSON. The weights stay."""
+    """a step that the scaler skips has an infinite norm, which is no JSON. The weights stay."""
     GradScaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: GradScaler(device, init_scale=2.0 ** 60, enabled=enabled))
     train.main(argv(**options, dtype="float16", steps=4, trunk_mode="full", path_mode="none"))
