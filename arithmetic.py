@@ -1,10 +1,9 @@
 """
 The embedded task: a generator of arithmetic word problems in GSM8K's format, no network.
 
-task_problem is the task that is finetuned and tested. mix_problem is a broader mixture on which the tiny trunk is
-pre-trained: half of it word problems with smaller numbers, half other exercises. So the trunk can read, copy and write
-solutions, but has not met the larger sums. Both take a random.Random and return (question, answer). bucket says to
-which split a question belongs.
+task_problem is the task that is finetuned and tested; mix_problem a broader mixture, half of it word problems,
+on which the tiny trunk is pre-trained. Both take a random.Random and return (question, answer). bucket says to which
+split a question belongs.
 
 A story has a running quantity v. It starts as a number a; each scene is a sentence of the question with no,
 one or more steps (operation, sentence of the answer). In an operation b is a new number that the sentence
@@ -13,8 +12,7 @@ tells, u is the quantity before the last step, {e} in the sentence is "3*12 = <<
 import hashlib
 import re
 
-MAX_NUMBER = 99                      # of all numbers, intermediate results included; each is one token
-MAX_MIX = 49                         # of the mixture's calculations: it copies all numbers, but calculates with small ones
+MAX_NUMBER = 99                     # of all numbers, intermediate results included; each is one token
 
 PEOPLE = [(name, "she", "her") for name in "Emma Mia Anna Lily Zoe Ruth Eva Nina Ivy Rosa Jane Lucy".split()] + \
          [(name, "he", "him") for name in "Tom Noah Ben Sam Max Leo Paul Jack Omar Luis Hugo Finn".split()]
@@ -79,33 +77,33 @@ def number(rng, low, high):
         raise Misfit
     return int(low * ((high + 1) / low) ** rng.random())
 
-def annotate(left, op, right, limit):
+def annotate(left, op, right):
     """GSM8K's way to write an operation, "3*12 = <<3*12=36>>36", and its result."""
     result = COMPUTE[op](left, right)
-    if not 1 <= result <= limit:
+    if not 1 <= result <= MAX_NUMBER:
         raise Misfit
     return f"{left}{op}{right} = <<{left}{op}{right}={result}>>{result}", result
 
-def operand(rng, operation, v, limit):
+def operand(rng, operation, v):
     """A number b for "v+b", "b-v", ... that is neither trivial nor out of range."""
     op = operation[1]
     if op == "+":
-        return rng.randint(2, 9) if operation == "b+1" else number(rng, 3, limit - v)
+        return rng.randint(2, 9) if operation == "b+1" else number(rng, 3, MAX_NUMBER - v)
     if op == "-":
-        return number(rng, v + 3, limit) if operation == "b-v" else number(rng, 3, v - 3)
+        return number(rng, v + 3, MAX_NUMBER) if operation == "b-v" else number(rng, 3, v - 3)
     if op == "*":
-        return rng.randint(2, max(2, min(12, limit // v)))
+        return rng.randint(2, max(2, min(12, MAX_NUMBER // v)))
     return rng.choice([b for b in range(3, 13) if v % b == 0 and v > 2 * b] or [0]) or number(rng, 1, 0)
 
-def story(rng, n_steps, limit):
-    """A word problem with n_steps operations on numbers up to limit."""
+def story(rng, n_steps):
+    """A word problem with n_steps operations."""
     while True:
         try:
-            return tell(rng, n_steps, limit)
+            return tell(rng, n_steps)
         except Misfit:
             pass
 
-def tell(rng, n_steps, limit):
+def tell(rng, n_steps):
     start, ending = rng.choice(STARTS), rng.choice(ENDINGS)
     n_events = n_steps - len(start[1]) - len(ending[1])
     if n_events < 0:
@@ -113,14 +111,14 @@ def tell(rng, n_steps, limit):
     (n, she, her), (m, *_), (k, *_) = rng.sample(PEOPLE, 3)
     c, d = rng.sample(CONTAINERS, 2)
     words = dict(n=n, m=m, k=k, she=she, She=she.title(), her=her, o=rng.choice(OBJECTS), c=c, d=d)
-    a = v = number(rng, 4, 3 * limit // 5)
+    a = v = number(rng, 4, 60)
     u, question, answer = v, [], []
     for sentence, steps in [start, *rng.sample(EVENTS, n_events), ending]:
-        b = operand(rng, steps[0][0], v, limit) if "{b}" in sentence else None
+        b = operand(rng, steps[0][0], v) if "{b}" in sentence else None
         for operation, line in steps:
             values = dict(a=a, b=b, u=u, v=v)
             left, op, right = operation
-            e, result = annotate(values.get(left), op, int(right) if right.isdigit() else values[right], limit)
+            e, result = annotate(values.get(left), op, int(right) if right.isdigit() else values[right])
             u, v = v, result
             answer.append(line.format(e=e, **words))
         question.append(sentence.format(a=a, b=b, **words))
@@ -133,9 +131,9 @@ def drill(rng):
     shown, kind = ", ".join(map(str, numbers)), rng.randrange(8)
     if kind <= 1:                                              # twice as often as the others
         operation = rng.choice(["v+b", "v-b", "v*b", "v/b"])
-        v = number(rng, 4, MAX_MIX)
-        op, b = operation[1], operand(rng, operation, v, MAX_MIX)
-        e, result = annotate(v, op, b, MAX_MIX)
+        v = number(rng, 4, 89)
+        op, b = operation[1], operand(rng, operation, v)
+        e, result = annotate(v, op, b)
         question, line = f"What is {v} {op} {b}?", f"{e}."
     elif kind == 2:
         which, result = rng.choice([("larger", max(a, b)), ("smaller", min(a, b))])
@@ -152,10 +150,10 @@ def drill(rng):
         result, turned = a, ", ".join(map(str, numbers[::-1]))
         question, line = f"Reverse {shown}. What is the last number?", f"Reversed: {turned}."
     elif kind == 6:
-        a, b = number(rng, 1, 29), number(rng, 2, 9)
-        first, (last, result) = annotate(a + b, "-", a, MAX_MIX)[0], (a + 3 * b, a + 4 * b)
+        b = number(rng, 2, 99)
+        first, (last, result) = annotate(a + b, "-", a)[0], (a + 3 * b, a + 4 * b)
         question = f"Continue {a}, {a + b}, {a + 2 * b}, {last}."
-        line = f"The step is {first}.\nNext is {annotate(last, '+', b, MAX_MIX)[0]}."
+        line = f"The step is {first}.\nNext is {annotate(last, '+', b)[0]}."
     else:
         (n, *_), (m, *_) = rng.sample(PEOPLE, 2)
         o = rng.choice(OBJECTS)
@@ -164,11 +162,11 @@ def drill(rng):
     return question, f"{line}\n#### {result}"
 
 def task_problem(rng):
-    return story(rng, rng.choice([2, 3]), MAX_NUMBER)
+    return story(rng, rng.choice([2, 3]))
 
 def mix_problem(rng):
     if rng.random() < 0.5:
-        return story(rng, rng.choice([1, 2, 2, 3]), MAX_MIX)
+        return story(rng, rng.choice([1, 2, 2, 3]))
     while True:
         try:
             return drill(rng)

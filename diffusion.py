@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from model import first_keys, new_cache
+from model import Context, first_keys, new_cache
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -58,9 +58,9 @@ def nll(model, idx, targets, label, t=None, x_0=None, own_guess=None):
     """
     at = (targets >= 0).nonzero(as_tuple=True)                                # (rows, cols), each (N,)
     y = targets[at]                                                           # (N,)
-    h_trunk, kv = model.read(idx, at)
+    c = model.read(idx, at)
     if model.path is None:
-        return F.cross_entropy(model.trunk.head(h_trunk).float(), y, reduction="none")
+        return F.cross_entropy(model.trunk.head(c.h).float(), y, reduction="none")
     label = label[at[0]]
     x_1 = model.embed(y)                                                      # (N, D)
     x_t = noise(x_1, x_0, t)
@@ -68,10 +68,10 @@ def nll(model, idx, targets, label, t=None, x_0=None, own_guess=None):
         with torch.no_grad():
             s = own_guess * t
             x_s = noise(x_1, x_0, s)
-            guess = model(h_trunk, kv, at, x_s, s, label).argmax(-1)
+            guess = model(x_s, s, c, label).argmax(-1)
             x_t_own = x_s + (t - s)[:, None] * velocity(x_s, s, model.embed(guess))   # one Euler step, as in sampling
         x_t = torch.where(own_guess[:, None] > 0, x_t_own, x_t)
-    logits = model(h_trunk, kv, at, x_t, t, label)                            # (N, V_size)
+    logits = model(x_t, t, c, label)                                          # (N, V_size)
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
@@ -216,17 +216,16 @@ class Denoiser:
     Holds what the last evaluation of each row said, logits (B, V_size), guess (B,), x_1_hat (B, D), and counts
     path calls, nfe (B,). The first evaluation, at t = 0 where w_d = 0, is the trunk's head alone.
 
-    h_trunk (B, C), kv, pos (B,), mask: the trunk's pass over the contexts; label (B,) with index n_labels for
-    none; V (V_size, D), the table of Eq. 5; u (B, steps + 1) uniform numbers for sampled guesses; tables: a dict
-    that keeps what depends on t alone from one token to the next; trace: a list of B lists to write guesses to.
+    c: the Context of the B predictions; label (B,) with index n_labels for none; V (V_size, D), the table of Eq. 5;
+    u (B, steps + 1) uniform numbers for sampled guesses; tables: a dict that keeps what depends on t alone from one
+    token to the next; trace: a list of B lists to write guesses to.
     """
-    def __init__(self, model, sampler, V, tables, h_trunk, kv, pos, mask, label, u, trace=None, at=None):
+    def __init__(self, model, sampler, V, tables, c, label, u, trace=None):
         self.model, self.sampler, self.V, self.tables = model, sampler, V, tables
-        self.h_trunk, self.kv, self.pos, self.mask, self.label, self.u = h_trunk, kv, pos, mask, label, u
-        self.trace, self.at, self.n_calls = trace, at, 0
-        self.nfe = torch.zeros_like(pos)
-        self.running = torch.ones_like(pos, dtype=torch.bool)                 # rows the stopping rule has not ended
-        self.logits = model.trunk.head(h_trunk).float()
+        self.c, self.label, self.u, self.trace, self.n_calls = c, label, u, trace, 0
+        self.nfe = torch.zeros_like(label)
+        self.running = torch.ones_like(label, dtype=torch.bool)               # rows the stopping rule has not ended
+        self.logits = model.trunk.head(c.h).float()
         self.guess = self.logits.argmax(-1)
         if sampler.steps > 1:
             self.guess, self.x_1_hat = self.estimate(self.logits, u[:, 1])
@@ -279,10 +278,7 @@ class Denoiser:
             modulations, w_d = self.tables[t]
             condition = [m[label] for m in modulations], w_d[label]
         self.nfe[r] += 1
-        if self.at is not None:
-            return self.model(self.h_trunk[r], self.kv, tuple(z[r] for z in self.at), x_t[r], t_row, label, condition=condition).float()
-        kv = [(k[r], v[r]) for k, v in self.kv]
-        return self.model(self.h_trunk[r], kv, None, x_t[r], t_row, label, None if self.mask is None else self.mask[r], self.pos[r], condition).float()
+        return self.model(x_t[r], t_row, self.c.select(r), label, condition).float()
 
     def estimate(self, logits, u):
         """The guess (B,) and x_1_hat (B, D) that logits (B, V_size) stand for."""
@@ -292,10 +288,10 @@ class Denoiser:
     def write_trace(self, t, r):
         if self.trace is None:
             return
-        times = t.tolist() if torch.is_tensor(t) else [t] * len(self.pos)
+        times = t.tolist() if torch.is_tensor(t) else [t] * len(self.label)
         p = self.logits.softmax(-1).gather(1, self.guess[:, None])[:, 0].tolist()
         guess = self.guess.tolist()
-        for i in torch.arange(len(self.pos))[r if isinstance(r, slice) else r.cpu()].tolist():
+        for i in torch.arange(len(self.label))[r if isinstance(r, slice) else r.cpu()].tolist():
             self.trace[i].append((times[i], guess[i], p[i]))
 
 
@@ -349,7 +345,8 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
     lengths = [len(p) for p in prompts]
     idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)  # (B, P)
     pos = torch.tensor(lengths, device=device) - 1                            # (B,) where the next token is predicted
-    h, kv = model.read(idx, (torch.arange(B, device=device), pos))            # (B, C)
+    h, _, _, kv, _, _ = model.read(idx, (torch.arange(B, device=device), pos))  # (B, C)
+    token = idx.gather(1, pos[:, None])[:, 0]                                 # (B,) the last of each row
     block_size, P = model.trunk.config.block_size, idx.size(1)
     cache = new_cache(kv, min(P + max_new_tokens, block_size))
 
@@ -363,7 +360,7 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
             h, kv = model.trunk(token[:, None], pos[:, None], kv, mask)
             h = h[:, 0]                                                       # (B, C)
         traces = [[] for _ in rows] if trace else None
-        f = Denoiser(model, sampler, V, tables, h, kv, pos, mask, label, u[:, n], traces)
+        f = Denoiser(model, sampler, V, tables, Context(h, token, pos, kv, None, mask), label, u[:, n], traces)
         predict(f, sigma * x_0[:, n] if sampler.steps > 1 else None, sampler)
         token = choose(f.logits, u[:, n, 0], sampler.temperature, sampler.top_k)
 
@@ -397,13 +394,12 @@ def teacher_forced(model, idx, targets, sampler, generator, label=None):
     """
     at = (targets >= 0).nonzero(as_tuple=True)
     y, path, n_labels = targets[at], model.path, model.path.config.n_labels if model.path else 0
-    h, kv = model.read(idx, at)
     label = torch.full_like(y, n_labels) if label is None else label[at[0]]
     u = torch.rand(len(y), sampler.steps + 1, generator=generator, device=y.device)
     V = x_0 = None
     if sampler.steps > 1:
         V = path.token_space(model.trunk.wte.weight)
         x_0 = path.config.sigma * torch.randn(len(y), path.config.x_dim, generator=generator, device=y.device)
-    f = Denoiser(model, sampler, V, {}, h, kv, at[1], None, label, u, at=at)
+    f = Denoiser(model, sampler, V, {}, model.read(idx, at), label, u)
     predict(f, x_0, sampler)
     return F.cross_entropy(f.logits, y, reduction="none"), f.logits.argmax(-1) == y, f.nfe

@@ -23,6 +23,7 @@ import copy
 import math
 import os
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -253,7 +254,8 @@ class PathConfig:
     sigma: float = 64.0             # standard deviation of the noise x_0
     input_scale: str = "wiener"     # how x_t enters: wiener (linear estimate of x_1) or unit (unit variance, paper)
     time_scale: float = 1000.0      # t is multiplied by this before its sinusoidal features (official code: 1)
-    gate_init: float = 0.0          # residual gates of the path at the start
+    gate_init: float = 1.0          # residual gates of the path at the start (official code: 0)
+    token_input: bool = True        # add the context's last token to the path's input (paper: x_t alone)
     n_labels: int = 0               # labels for guidance; index n_labels means "no label"
     rank: int = 32                  # of the LoRA, mode lora
     alpha: float = 32.0
@@ -309,7 +311,7 @@ class PathBlock(nn.Module):
             self.modulation[2].bias.view(6, C)[[2, 5]] = config.gate_init
 
     def forward(self, h, modulation, k, v, at, mask):
-        """h (N, C); modulation (N or 1, 6C); k, v (B, H, S, C/H); at, mask as in DiffusionPath.forward."""
+        """h (N, C); modulation (N, 6C); k, v (B, H, S, C/H); at, mask as in Context."""
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
         q = self.c_q(modulated_norm(h, self.ln_1, scale_1, shift_1))          # (N, C)
         h = h + gate_1 * self.c_proj(attend_at(q, k, v, at, mask))
@@ -338,15 +340,16 @@ def attend_at(q, k, v, at, mask):
 class DiffusionPath(nn.Module):
     """The path of L2D: as many blocks as the trunk, initialised from it (see PathBlock).
 
-    trunk: a GPT, read for the initial weights. Zero at the start: w_d and every modulation (gates included), so
-    that the first step trains only the head of w_d, the next ones everything.
+    trunk: a GPT, read for the initial weights. Zero at the start: w_d, the shifts and scales, and what x_t adds to
+    the input. So a fresh path computes the trunk's own states (deviation 2; with token_input=False, gate_init=0 it is
+    the paper's), and the first step trains only the head of w_d, the next ones everything.
     """
     def __init__(self, trunk, config):
         super().__init__()
         self.config = config
         C, D, E = trunk.config.n_embd, config.x_dim, config.t_dim
         self.W = nn.Linear(C, D, bias=False)                                  # Eq. 5
-        self.x_in = two_layers(D, D, C)
+        self.x_in = two_layers(D, D, C, zero=True)
         self.t_in = two_layers(E, E, E)
         self.label = nn.Embedding(config.n_labels + 1, E)                     # the last one: no label
         nn.init.normal_(self.label.weight, std=0.02)
@@ -368,21 +371,37 @@ class DiffusionPath(nn.Module):
         w_d = self.w(emb) - self.w(embed(torch.zeros_like(t)))                # Eq. 6
         return [block.modulation(emb) for block in self.h], w_d
 
-    def forward(self, x_t, t, pos_emb, modulations, kv, at=None, mask=None):
-        """h_path (N, C).
+    def forward(self, x_t, t, emb, modulations, c):
+        """h_path (N, C), from x_t (N, D), t (N,) and the Context c; modulations from condition.
 
-        x_t (N, D) and t (N,) float32; pos_emb (N, C) is wpe at the position of each (deviation 1: GPT-2 has no
-        rotary positions, so without it the queries would not know where they stand); modulations from condition;
-        kv the trunk's keys and values; at = (rows, cols), each (N,), or None with a mask: see attend_at.
+        emb (N, C): wpe at each position (deviation 1: GPT-2 has no rotary positions, so without it the queries would
+        not know where they stand), and with token_input the embedding of the token there (deviation 2).
         """
         x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
-        h = self.x_in(x.to(self.W.weight.dtype)) + pos_emb                    # (N, C)
-        for block, modulation, (k, v) in zip(self.h, modulations, kv):
-            h = block(h, modulation, k, v, at, mask)
+        h = self.x_in(x.to(self.W.weight.dtype)) + emb                        # (N, C)
+        for block, modulation, (k, v) in zip(self.h, modulations, c.kv):
+            h = block(h, modulation, k, v, c.at, c.mask)
         return h
 
 
 # ------------------------------------------------------------------------------------------------- the pair
+class Context(NamedTuple):
+    """c in the paper: what the trunk has read, and all that predicting the next token at N positions needs of it."""
+    h: torch.Tensor                 # (N, C) the trunk's states there, before the final norm
+    token: torch.Tensor             # (N,) the token there, the last of its context
+    pos: torch.Tensor               # (N,) its position
+    kv: list                        # L pairs (k, v), each (B, H, S, C/H)
+    at: tuple = None                # (rows, cols), each (N,): where the N positions are in kv; None: one in each row,
+    mask: torch.Tensor = None       # which sees the keys that mask (B, 1, 1, S) says, or all
+
+    def select(self, r):
+        """The same for some of the positions: r an index tensor, or a slice."""
+        if self.at is not None:
+            return Context(self.h[r], self.token[r], self.pos[r], self.kv, tuple(z[r] for z in self.at))
+        mask = None if self.mask is None else self.mask[r]
+        return Context(self.h[r], self.token[r], self.pos[r], [(k[r], v[r]) for k, v in self.kv], None, mask)
+
+
 class L2D(nn.Module):
     """Trunk and path. path = None is the trunk alone (the controls: a trunk finetuned or with LoRA)."""
     def __init__(self, trunk, path=None):
@@ -390,30 +409,31 @@ class L2D(nn.Module):
         self.trunk, self.path = trunk, path
 
     def read(self, idx, at):
-        """One trunk pass over idx (B, T): its states at the positions at = (rows, cols), (N, C), and kv.
+        """One trunk pass over idx (B, T): the Context of the positions at = (rows, cols), each (N,).
 
         A frozen trunk runs without autograd: nothing is stored for a backward pass.
         """
         trains = any(p.requires_grad for p in self.trunk.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             h, kv = self.trunk(idx)
-        return h[at], kv
+        return Context(h[at], idx[at], at[1], kv, at)
 
     def embed(self, ids):
         """x_1 of token ids (...): rows of V, (..., D). W gets gradients, the trunk's embedding none."""
         return self.path.token_space(self.trunk.wte.weight.detach()[ids])
 
-    def forward(self, h_trunk, kv, at, x_t, t, label, mask=None, pos=None, condition=None):
-        """Eq. 6: logits (N, V_size) of f(x_t, t, c) from h = h_trunk + w_d(t) * h_path.
+    def forward(self, x_t, t, c, label, condition=None):
+        """f(x_t, t, c), logits (N, V_size), by Eq. 6: the head of h = h_trunk + w_d(t) * h_path.
 
-        h_trunk (N, C) and kv from read (or from the trunk with a cache); at = (rows, cols) and mask as in
-        attend_at; pos (N,) the positions where at is None; x_t (N, D); t (N,); label (N,) or (1,);
-        condition: the result of path.condition(t, label), where it is already known.
+        x_t (N, D) and t (N,) float32; c a Context; label (N,) guidance labels; condition: the result of
+        path.condition(t, label), where it is already known.
         """
         modulations, w_d = condition if condition is not None else self.path.condition(t, label)
-        pos_emb = self.trunk.wpe(pos if at is None else at[1])
-        h_path = self.path(x_t, t, pos_emb, modulations, kv, at, mask)
-        return self.trunk.head(h_trunk + w_d * h_path)
+        emb = self.trunk.wpe(c.pos)                                           # (N, C)
+        if self.path.config.token_input:
+            emb = emb + self.trunk.wte(c.token)
+        h_path = self.path(x_t, t, emb, modulations, c)
+        return self.trunk.head(c.h + w_d * h_path)
 
 
 def build(trunk, path_config=None, lora=None):

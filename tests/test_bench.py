@@ -13,7 +13,7 @@ import bench
 import train
 from bench import Config, Trainee, alternate, attention_of, count, least_seconds, make_model, random_batch
 from configurator import UserError
-from model import new_cache
+from model import Context, new_cache
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 MODES = ("full", "lora")
@@ -73,7 +73,7 @@ def test_flops_are_those_torch_counts(path_mode):
             f()
         return counter.get_total_flops()
     assert flops(lambda: model.trunk.head(model.trunk(torch.tensor([[3]]), pos[:, None], cache, mask)[0])) == counts["trunk_flops"]
-    assert flops(lambda: model(torch.zeros(1, 64), cache, None, torch.zeros(1, 256), t, label, mask, pos, condition)) == counts["path_flops"]
+    assert flops(lambda: model(torch.zeros(1, 256), t, Context(torch.zeros(1, 64), torch.tensor([3]), pos, cache, None, mask), label, condition)) == counts["path_flops"]
 
 
 @pytest.mark.parametrize("path_mode", MODES)

@@ -278,9 +278,9 @@ def test_nll_position_by_position(model):
             if (y := targets[row, k]) == -1:
                 continue
             at = torch.tensor([0]), torch.tensor([k])
-            h, kv = model.read(idx[row:row + 1, :k + 1], at)
+            c = model.read(idx[row:row + 1, :k + 1], at)
             x_t = (t[i] * V[y] + (1 - t[i]) * x_0[i])[None]
-            logits = model(h, kv, at, x_t, t[i:i + 1], label[row:row + 1])
+            logits = model(x_t, t[i:i + 1], c, label[row:row + 1])
             torch.testing.assert_close(losses[i], -logits.log_softmax(-1)[0, y], atol=1e-4, rtol=1e-4)
             i += 1
     assert i == n
@@ -319,15 +319,15 @@ def test_own_guess(model):
     assert torch.equal(losses[::2], plain[::2])
 
     at = (targets >= 0).nonzero(as_tuple=True)
-    h, kv = model.read(idx, at)
+    c = model.read(idx, at)
     V, rows_label, right = model.path.token_space(model.trunk.wte.weight), label[at[0]], 0
     for i in range(1, n, 2):
         s, one = own[i] * t[i], tuple(z[i:i + 1] for z in at)
         x_s = s * V[targets[at][i]] + (1 - s) * x_0[i]
-        logits = model(h[i:i + 1], kv, one, x_s[None], s[None], rows_label[i:i + 1])
+        logits = model(x_s[None], s[None], c.select(slice(i, i + 1)), rows_label[i:i + 1])
         guess = V[logits.argmax()]
         x_t = (1 - t[i]) / (1 - s) * x_s + (t[i] - s) / (1 - s) * guess      # the straight line from (s, x_s) to the guess
-        logits = model(h[i:i + 1], kv, one, x_t[None], t[i:i + 1], rows_label[i:i + 1])
+        logits = model(x_t[None], t[i:i + 1], c.select(slice(i, i + 1)), rows_label[i:i + 1])
         torch.testing.assert_close(losses[i], -logits.log_softmax(-1)[0, targets[at][i]], atol=1e-4, rtol=1e-4)
         right += torch.equal(guess, V[targets[at][i]])
     assert right < n // 2                                                    # else the truth would pass as well
@@ -363,8 +363,7 @@ class Naive:
     def path_logits(self, x, t, label):
         self.nfe += 1
         at = torch.tensor([0]), torch.tensor([len(self.ids) - 1])
-        h, kv = self.model.read(torch.tensor([self.ids]), at)
-        return self.model(h, kv, at, x[None], torch.tensor([t]), torch.tensor([label]))[0]
+        return self.model(x[None], torch.tensor([t]), self.model.read(torch.tensor([self.ids]), at), torch.tensor([label]))[0]
 
     def pick(self, logits, u):
         p = logits.softmax(-1)
@@ -583,11 +582,11 @@ def test_stopping_early_saves_path_calls(model):
 @torch.no_grad()
 def denoiser(model, sampler, label):
     at = torch.tensor([0, 1]), torch.tensor([4, 4])
-    h, kv = model.read(torch.tensor([PROMPTS[0], PROMPTS[0]]), at)
+    c = model.read(torch.tensor([PROMPTS[0], PROMPTS[0]]), at)
     mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     V = model.path.token_space(model.trunk.wte.weight)
-    f = Denoiser(model, sampler, V, {}, h, kv, at[1], mask, label, torch.rand(2, sampler.steps + 1))
-    return f, V, lambda x, t, label: model(h, kv, at, x, torch.full((2,), t), label)
+    f = Denoiser(model, sampler, V, {}, c._replace(at=None, mask=mask), label, torch.rand(2, sampler.steps + 1))
+    return f, V, lambda x, t, label: model(x, torch.full((2,), t), c, label)
 
 
 @torch.no_grad()

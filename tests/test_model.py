@@ -448,30 +448,45 @@ def test_logits_at_t_0_are_the_trunks_bit_for_bit(mode, dtype, scale):
     model = pair(mode, input_scale=scale).to(dtype)
     for B, T in ((1, 1), (1, 7), (13, 16)):
         idx, at = tokens(B, T), everywhere(B, T)
-        h, kv = model.read(idx, at)
+        c = model.read(idx, at)
+        h = c.h
         x_t, t, label = noisy(B * T)
-        assert torch.equal(model(h, kv, at, 4 * x_t, 0 * t, label), model.trunk.head(h))
+        assert torch.equal(model(4 * x_t, 0 * t, c, label), model.trunk.head(h))
         mixed = torch.where(torch.arange(B * T) % 2 == 0, 0.0, 0.5 + t / 2)  # some at 0, others not
-        logits, trunk = model(h, kv, at, x_t, mixed, label), model.trunk.head(h)
+        logits, trunk = model(x_t, mixed, c, label), model.trunk.head(h)
         assert torch.equal(logits[mixed == 0], trunk[mixed == 0])
         assert ((logits - trunk)[mixed > 0].abs().amax(-1) > 1e-3).all()
         mask = (torch.arange(T) <= T - 1)[None, None, None].expand(B, 1, 1, T)      # and as in sampling
         last = at[1] == T - 1
-        logits = model(h[last], kv, None, x_t[last], 0 * t[last], label[last], mask, at[1][last])
+        logits = model(x_t[last], 0 * t[last], c._replace(h=h[last], token=c.token[last], pos=c.pos[last], at=None, mask=mask), label[last])
         assert torch.equal(logits, model.trunk.head(h[last]))
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(model(h, kv, at, x_t, 0 * t, label), model.trunk.head(h))
+            assert torch.equal(model(x_t, 0 * t, c, label), model.trunk.head(h))
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @torch.no_grad()
-def test_the_path_by_hand(mode):
+def test_a_fresh_path_computes_the_trunks_own_states(mode):
+    """What the initialisation is for: before any training h_path is h_trunk, whatever x_t and t are, and w_d is 0."""
+    model, idx, at = pair(mode, random_path=False), tokens(2, 9), everywhere(2, 9)
+    c, (x_t, t, label) = model.read(idx, at), noisy(18)
+    modulations, w_d = model.path.condition(t, label)
+    h_path = model.path(x_t, t, model.trunk.wpe(at[1]) + model.trunk.wte(idx[at]), modulations, c)
+    torch.testing.assert_close(h_path, c.h, atol=1e-5, rtol=1e-5)
+    assert not w_d.any() and torch.equal(model(x_t, t, c, label), model.trunk.head(c.h))
+
+
+@pytest.mark.parametrize("token_input", [True, False])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@torch.no_grad()
+def test_the_path_by_hand(mode, token_input):
     """One position at a time, written out from DESIGN section 2, with no code of model.py but the trunk's pass."""
-    model = pair(mode, time_scale=30.0)
+    model = pair(mode, time_scale=30.0, token_input=token_input)
     trunk, path, idx, at = model.trunk, model.path, tokens(2, 9), everywhere(2, 9)
-    h_trunk, kv = model.read(idx, at)
+    c = model.read(idx, at)
+    h_trunk, kv = c.h, c.kv
     x_t, t, label = noisy(18)
-    logits = model(h_trunk, kv, at, x_t, t, label)
+    logits = model(x_t, t, c, label)
     mlp = lambda net, x: net[2].weight @ F.silu(net[0].weight @ x + net[0].bias) + (0 if net[2].bias is None else net[2].bias)
     ln = lambda x: (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
 
@@ -489,7 +504,7 @@ def test_the_path_by_hand(mode):
             return mlp(path.t_in, torch.cat([angles.cos(), angles.sin()])) + path.label.weight[label[i]]
         emb = embed(t[i])
         x = x_t[i] * t[i] / (t[i] ** 2 + (1 - t[i]) ** 2 * 4.0 ** 2)
-        h = mlp(path.x_in, x) + trunk.wpe.weight[k]
+        h = mlp(path.x_in, x) + trunk.wpe.weight[k] + (trunk.wte.weight[idx[row, k]] if token_input else 0)
         for block, own, (keys, values) in zip(trunk.h, path.h, kv):
             scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = mlp(own.modulation, emb).view(6, C)
             norms = (own.ln_1, own.ln_2) if mode == "full" else (block.ln_1, block.ln_2)
@@ -516,12 +531,12 @@ def test_flat_queries_equal_masked_queries():
     model = pair()
     lengths, idx = torch.tensor([4, 9, 1]), tokens(3, 9)
     at = torch.arange(3), lengths - 1
-    h, kv = model.read(idx, at)
+    c = model.read(idx, at)
     x_t, t, label = noisy(3)
     mask = (torch.arange(9) <= at[1][:, None])[:, None, None]
-    torch.testing.assert_close(model(h, kv, at, x_t, t, label), model(h, kv, None, x_t, t, label, mask, at[1]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(x_t, t, c, label), model(x_t, t, c._replace(at=None, mask=mask), label), atol=1e-5, rtol=1e-5)
     condition = model.path.condition(t, label)
-    assert torch.equal(model(h, kv, at, x_t, t, label), model(h, kv, at, x_t, t, None, condition=condition))
+    assert torch.equal(model(x_t, t, c, label), model(x_t, t, c, None, condition))
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -534,7 +549,7 @@ def test_what_can_change_what(mode):
     t = 0.3 + 0.7 * t
 
     def logits(idx=idx, x_t=x_t, t=t, label=label):
-        return model(*model.read(idx, at), at, x_t, t, label)
+        return model(x_t, t, model.read(idx, at), label)
     base = logits()
     i, others = 5, torch.arange(B * T) != 5
     for name, value in dict(x_t=x_t[i] + 1, t=t[i] / 2, label=(label[i] + 1) % 4).items():
@@ -553,8 +568,7 @@ def test_what_can_change_what(mode):
 def without_merge(model, idx, x_t, t, label):
     """The path's own output, before w_d weighs it."""
     at = everywhere(*idx.shape)
-    _, kv = model.read(idx, at)
-    return model.path(x_t, t, model.trunk.wpe(at[1]), model.path.condition(t, label)[0], kv, at)
+    return model.path(x_t, t, model.trunk.wpe(at[1]), model.path.condition(t, label)[0], model.read(idx, at))
 
 
 @torch.no_grad()
@@ -641,7 +655,7 @@ def test_borrowed_weights_follow_the_trunk():
             assert own.c_q.linear is block.attn.c_attn.linear and own.ln_1 is block.ln_1 and own.mlp.c_fc.linear is block.mlp.c_fc.linear
     at = everywhere(1, 4)
     x_t, t, label = noisy(4)
-    assert model(*model.read(tokens(1, 4), at), at, x_t, t, label).dtype == torch.bfloat16
+    assert model(x_t, t, model.read(tokens(1, 4), at), label).dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -685,13 +699,13 @@ def saved_by(function):
 
 def test_a_frozen_trunk_stores_nothing_for_backward():
     model, at = pair(), everywhere(2, 9)
-    kept, (h, kv) = saved_by(lambda: model.read(tokens(2, 9), at))
+    kept, (h, *_, kv, _, _) = saved_by(lambda: model.read(tokens(2, 9), at))
     assert not kept and not h.requires_grad and not any(k.requires_grad or v.requires_grad for k, v in kv)
     model.trunk.requires_grad_(True)
-    kept, (h, kv) = saved_by(lambda: model.read(tokens(2, 9), at))
+    kept, (h, *_, kv, _, _) = saved_by(lambda: model.read(tokens(2, 9), at))
     assert kept and h.requires_grad and kv[0][0].requires_grad
     with torch.no_grad():
-        assert not model.read(tokens(2, 9), at)[1][0][0].requires_grad       # nor where the caller wants none
+        assert not model.read(tokens(2, 9), at).kv[0][0].requires_grad       # nor where the caller wants none
 
 
 @pytest.mark.parametrize("mode", [None, "full", "lora"])
@@ -734,7 +748,7 @@ def nll_double(model, idx, t, x_0):
     y, path = idx.roll(-1, 1)[at], model.path
     e = path.W(model.trunk.wte.weight[y])
     x_t = t[:, None] * 4 * e / e.norm(dim=1, keepdim=True) + (1 - t[:, None]) * x_0    # sqrt(D) = 4
-    return F.cross_entropy(model(*model.read(idx, at), at, x_t, t.double(), y % 4), y)
+    return F.cross_entropy(model(x_t, t.double(), model.read(idx, at), y % 4), y)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -751,7 +765,7 @@ def test_checkpoint_round_trip(tmp_path, mode, lora):
         for one, other in zip(model.read(tokens(2, 9), at), copy_.read(tokens(2, 9), at)):
             torch.testing.assert_close(one, other, atol=0, rtol=0)
         if mode:
-            logits = [x(*x.read(tokens(2, 9), at), at, x_t, t, label) for x in (model, copy_)]
+            logits = [x(x_t, t, x.read(tokens(2, 9), at), label) for x in (model, copy_)]
             assert torch.equal(*logits)
 
 

@@ -501,8 +501,8 @@ def test_the_gradient_is_that_of_the_mean_over_tokens(options):
         label, t, x_0, _ = train.draw(run.config, run.model, targets, label, train.generator_for("cpu", 0, 0, 0, micro))
         rows, cols = torch.where(targets != -1)
         x_1 = run.model.path.token_space(run.model.trunk.wte.weight[targets[rows, cols]])
-        h, kv = run.model.trunk(idx)
-        logits = run.model(h[rows, cols], kv, (rows, cols), t[:, None] * x_1 + (1 - t)[:, None] * x_0, t, label[rows])
+        c = run.model.read(idx, (rows, cols))
+        logits = run.model(t[:, None] * x_1 + (1 - t)[:, None] * x_0, t, c, label[rows])
         total = total - logits.log_softmax(-1)[range(len(rows)), targets[rows, cols]].sum()
         count += len(rows)
     want = torch.autograd.grad(total / count, run.params, allow_unused=True)
@@ -586,9 +586,9 @@ def test_evaluate(options, l2d):
             cols = torch.arange(len(tokens) - 1)[torch.from_numpy(data.mask[data.offsets[i] + 1:data.offsets[i + 1]])]
             y, mine = tokens[cols + 1], slice(used, used + len(cols))
             used += len(cols)
-            h, kv = model.trunk(tokens[None, :-1])
+            context = model.read(tokens[None, :-1], (torch.zeros_like(cols), cols))
             x_t = t[mine, None] * model.embed(y) + (1 - t[mine, None]) * x_0[mine]
-            logits = model(h[0, cols], kv, (torch.zeros_like(cols), cols), x_t, t[mine], torch.tensor([int(data.labels[i])]))
+            logits = model(x_t, t[mine], context, torch.tensor([int(data.labels[i])]).expand(len(cols)))
             for b, loss in zip((t[mine] * 8).floor().int().tolist(), F.cross_entropy(logits, y, reduction="none").tolist()):
                 bins[b].append(loss)
             trunk_losses += F.cross_entropy(model.trunk.head(h[0, cols]), y, reduction="none").tolist()
