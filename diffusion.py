@@ -31,7 +31,7 @@ def sample_t(n, generator, stratified=True):
     """t ~ U[0, 1), one for each of n positions, on the generator's device.
 
     stratified: one draw from each of n equal bins, in random order. Each t alone is still uniform, and the mean
-    over the batch varies less (as in VDM, Kingma et al. 2021, App. I).
+    over the batch varies less (deviation 5; as in VDM, Kingma et al. 2021, App. I).
     """
     device = generator.device
     u = torch.rand(n, generator=generator, device=device)
@@ -119,7 +119,7 @@ def integrate(f, x, steps, solver="euler", t_end=None, shift=1.0):
     """Spend steps - 1 evaluations of f on the way from x at t = 0, and return (x, t) for the last one.
 
     A two-evaluation solver with an odd number to spend takes its first interval by Euler. t_end is the time
-    of the last evaluation, by default (steps - 1) / steps: at 1 an Euler grid would end on x_t = V_guess exactly,
+    of the last evaluation, by default (steps - 1) / steps (deviation 6): at 1 an Euler grid would end on x_t = V_guess exactly,
     where the model can only repeat its guess.
     """
     t_end = (steps - 1) / steps if t_end is None else t_end
@@ -133,7 +133,7 @@ def integrate(f, x, steps, solver="euler", t_end=None, shift=1.0):
 
 
 def adaptive(f, x, steps, tol=0.1, t_end=None, first_step=0.25):
-    """Heun's error estimate steering Euler steps, for each row on its own: its own t, dt, error and evaluations.
+    """Heun's error estimate steering Euler steps, for each row on its own (deviation 7): its own t, dt, error and evaluations.
 
     With slope v at (x, t), the trial x' = x + dt v is evaluated at t + dt, which gives the slope v' there.
     Heun and Euler differ by e = dt/2 |v' - v| / sqrt(D): if e <= tol the row moves to x', with v' already known,
@@ -234,7 +234,7 @@ class Denoiser:
     def __call__(self, x_t, t, rows=None, last=False):
         """Evaluate at x_t (B, D) and t, a float or (B,), the rows (B,) bool that have not stopped; return x_1_hat.
 
-        Eq. 7 with guidance w: x_1_hat = w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls. The last
+        Eq. 7 with guidance w (deviation 8): x_1_hat = w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls. The last
         evaluation of a token is read for its logits, those with the label, and costs one.
         """
         if not torch.is_tensor(t) and t == 0:

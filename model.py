@@ -271,14 +271,14 @@ def two_layers(n_in, n_hidden, n_out, zero=False, bias=True):
 
 
 def time_features(t, dim, time_scale):
-    """Sinusoids of t (N,) -> (N, dim), with periods from 2 pi to 2 pi * 10^4 in units of t * time_scale."""
+    """Sinusoids of t (N,) (deviation 4: time_scale) -> (N, dim), with periods from 2 pi to 2 pi * 10^4 in units of t * time_scale."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = time_scale * t[:, None] * freqs                                  # (N, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def scale_input(x_t, t, sigma, kind):
-    """What the path is fed, float32 (N, D): x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2.
+    """What the path is fed (deviation 3), float32 (N, D): x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2.
 
     unit:   x_t / sqrt(variance), of unit variance at every t [official code].
     wiener: t x_t / variance, the best linear estimate of x_1: near 0 while x_t says nothing.

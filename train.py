@@ -147,7 +147,7 @@ class Ranks:
         return tensor
 
     def sum_grads(self, params):
-        """Data parallel in one all-reduce of one flat vector. Each rank's loss is already divided by the global
+        """Data parallel in one all-reduce of one flat vector (deviation 9). Each rank's loss is already divided by the global
         number of target tokens, so gradients are summed: no mean of means."""
         if self.world > 1:
             flat = self.sum(torch.cat([p.grad.flatten() for p in params]))

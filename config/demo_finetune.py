@@ -13,7 +13,7 @@ block_size = 128
 
 batch_size = 16
 steps = 4000
-learning_rate = 1e-3
+learning_rate = 5e-4
 min_lr = 1e-4
 warmup = 100
 eval_every = 1000

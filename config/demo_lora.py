@@ -15,7 +15,7 @@ lora_alpha = 112.0
 
 batch_size = 16
 steps = 4000
-learning_rate = 2e-3
+learning_rate = 1e-3
 min_lr = 1e-4
 warmup = 100
 eval_every = 1000
