@@ -330,7 +330,7 @@ class Trainee:
 
     def __call__(self):
         idx, targets, label = self.batch
-        label, t, x_0, own_guess = train.draw(self.settings, self.model, targets, label, train.generator_for(self.device, 0))
+        label, t, x_0, own_guess = train.draw_noise(self.settings, self.model, targets, label, train.generator_for(self.device, 0))
         with self.autocast, sdpa_kernel(self.kernels):
             loss = diffusion.nll(self.model, idx, targets, label, t, x_0, own_guess).mean()
         loss.backward()

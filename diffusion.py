@@ -154,9 +154,9 @@ def adaptive(f, x, steps, tol=0.1, t_end=None, first_step=0.25):
         t_new = torch.where(t + 1.01 * dt > t_end, t_end, t + dt)             # no crumb of a step before the end
         dt = t_new - t
         x_new = x + dt[:, None] * v
-        v_new = velocity(x_new, t_new, f(x_new, t_new, rows))
+        x_1_hat, at_end = f(x_new, t_new, rows), t_new == 1                   # at 1 there is no slope: the step stands
+        v_new = torch.where(at_end[:, None], v, velocity(x_new, torch.where(at_end, t, t_new), x_1_hat))
         error = dt / 2 * (v_new - v).norm(dim=1) / x.size(1) ** 0.5           # (B,)
-        error = torch.where(t_new < 1, error, 0.0)                            # at 1 there is no slope: the step stands
         accept = rows & (error <= tol)
         x, v = (torch.where(accept[:, None], new, old) for new, old in ((x_new, x), (v_new, v)))
         t = torch.where(accept, t_new, t)
@@ -234,8 +234,8 @@ class Denoiser:
     def __call__(self, x_t, t, rows=None, last=False):
         """Evaluate at x_t (B, D) and t, a float or (B,), the rows (B,) bool that have not stopped; return x_1_hat.
 
-        Eq. 7 with guidance w (deviation 8): x_1_hat = w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls. The last
-        evaluation of a token is read for its logits, those with the label, and costs one.
+        Eq. 7 with guidance w (deviation 8): x_1_hat = w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls. A grid
+        solver's last evaluation is read for its logits, those with the label, and costs one; adaptive cannot know its last.
         """
         if not torch.is_tensor(t) and t == 0:
             return self.x_1_hat
@@ -298,28 +298,31 @@ class Denoiser:
 def predict(f, x_0, sampler):
     """Algorithm 1 for one token: from x_0 (B, D) through sampler.steps evaluations of the denoiser f.
 
-    The prediction is f.logits, those of each row's last evaluation.
+    Returns logits (B, V_size), those of each row's last evaluation.
     """
     if sampler.steps == 1:
-        return
+        return f.logits                                                       # the trunk's
     t_end = sampler.t_end or None
     if sampler.solver == "adaptive":
         adaptive(f, x_0, sampler.steps, sampler.tol, t_end)                   # its last evaluation was the last
     else:
         x, t = integrate(f, x_0, sampler.steps, sampler.solver, t_end, sampler.shift)
         f(x, t, last=True)
+    return f.logits
 
 
 def row_noise(ids, seed, max_new_tokens, x_dim, sampler, device):
     """x_0 / sigma (B, max_new_tokens, x_dim) and uniforms u (B, max_new_tokens, steps + 1) of the rows ids.
 
-    Every row has its own generator, so that it draws the same whatever else is in its batch.
+    Every row has its own generator, so that it draws the same whatever else is in its batch. u[:, :, 0], for the final
+    choice, and x_0 come first, so that they are the same for every number of steps.
     """
     x_0, u = [], []
     for i in ids:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2 ** 63)
-        u.append(torch.rand(max_new_tokens, sampler.steps + 1, generator=generator))
-        x_0.append(torch.randn(max_new_tokens if sampler.steps > 1 else 0, x_dim, generator=generator))
+        choice = torch.rand(max_new_tokens, 1, generator=generator)
+        x_0.append(torch.randn(max_new_tokens, x_dim, generator=generator))
+        u.append(torch.cat([choice, torch.rand(max_new_tokens, sampler.steps, generator=generator)], 1))
     return torch.stack(x_0).to(device), torch.stack(u).to(device)
 
 
@@ -345,7 +348,8 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
     lengths = [len(p) for p in prompts]
     idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)  # (B, P)
     pos = torch.tensor(lengths, device=device) - 1                            # (B,) where the next token is predicted
-    h, _, _, kv, _, _ = model.read(idx, (torch.arange(B, device=device), pos))  # (B, C)
+    c = model.read(idx, (torch.arange(B, device=device), pos))
+    h, kv = c.h, c.kv                                                         # (B, C)
     token = idx.gather(1, pos[:, None])[:, 0]                                 # (B,) the last of each row
     block_size, P = model.trunk.config.block_size, idx.size(1)
     cache = new_cache(kv, min(P + max_new_tokens, block_size))
@@ -361,8 +365,8 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
             h = h[:, 0]                                                       # (B, C)
         traces = [[] for _ in rows] if trace else None
         f = Denoiser(model, sampler, V, tables, Context(h, token, pos, kv, None, mask), label, u[:, n], traces)
-        predict(f, sigma * x_0[:, n] if sampler.steps > 1 else None, sampler)
-        token = choose(f.logits, u[:, n, 0], sampler.temperature, sampler.top_k)
+        logits = predict(f, sigma * x_0[:, n], sampler)
+        token = choose(logits, u[:, n, 0], sampler.temperature, sampler.top_k)
 
         going = []                                                            # rows that go on
         for i, (row, y, nfe, at) in enumerate(zip(rows, token.tolist(), f.nfe.tolist(), pos.tolist())):
@@ -395,11 +399,11 @@ def teacher_forced(model, idx, targets, sampler, generator, label=None):
     at = (targets >= 0).nonzero(as_tuple=True)
     y, path, n_labels = targets[at], model.path, model.path.config.n_labels if model.path else 0
     label = torch.full_like(y, n_labels) if label is None else label[at[0]]
-    u = torch.rand(len(y), sampler.steps + 1, generator=generator, device=y.device)
     V = x_0 = None
     if sampler.steps > 1:
         V = path.token_space(model.trunk.wte.weight)
         x_0 = path.config.sigma * torch.randn(len(y), path.config.x_dim, generator=generator, device=y.device)
+    u = torch.rand(len(y), sampler.steps + 1, generator=generator, device=y.device)
     f = Denoiser(model, sampler, V, {}, model.read(idx, at), label, u)
-    predict(f, x_0, sampler)
-    return F.cross_entropy(f.logits, y, reduction="none"), f.logits.argmax(-1) == y, f.nfe
+    logits = predict(f, x_0, sampler)
+    return F.cross_entropy(logits, y, reduction="none"), logits.argmax(-1) == y, f.nfe

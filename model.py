@@ -15,9 +15,10 @@ Shapes and symbols, here and in diffusion.py:
     x_t     (N, D)  noised token embedding         t        (N,) in [0, 1]: 0 is noise, 1 is data
     w_d     (N, C)  weight of the path (Eq. 6), exactly 0 at t = 0
     kv      a list of L pairs (k, v), each (B, H, S, C/H): the trunk's keys and values, a plain value
+    c       a Context: what the trunk has read, the c of f(x_t, t, c)
 
 Classes go from leaf to root: LoRALinear, Attention, MLP, Block, GPT; then PathBlock, DiffusionPath; then
-L2D, the pair.
+Context and L2D, the pair.
 """
 import copy
 import math
@@ -173,7 +174,7 @@ class GPT(nn.Module):
     def forward(self, idx, pos=None, cache=None, mask=None):
         """Everything before the final norm.
 
-        idx (B, T) token ids; pos (B, T) their positions, 0..T-1 if not given. With a cache (first_keys of new_cache)
+        idx (B, T) token ids; pos (B, T) their positions, 0..T-1 if not given. With a cache (made by new_cache, cut by first_keys)
         the keys and values are written into it at pos and attention sees what mask (B, 1, T, S) says, or without
         a mask all of it (a single query then).
         Returns h (B, T, C) and kv, a list of L pairs (k, v) of shape (B, H, S, C/H).
@@ -254,8 +255,8 @@ class PathConfig:
     sigma: float = 64.0             # standard deviation of the noise x_0
     input_scale: str = "wiener"     # how x_t enters: wiener (linear estimate of x_1) or unit (unit variance, paper)
     time_scale: float = 1000.0      # t is multiplied by this before its sinusoidal features (official code: 1)
-    gate_init: float = 1.0          # residual gates of the path at the start (official code: 0)
-    token_input: bool = True        # add the context's last token to the path's input (paper: x_t alone)
+    gate_init: float = 1.0          # deviation 2: residual gates of the path at the start (official code: 0)
+    token_input: bool = True        # deviation 2: add the context's last token to the path's input (paper: x_t alone)
     n_labels: int = 0               # labels for guidance; index n_labels means "no label"
     rank: int = 32                  # of the LoRA, mode lora
     alpha: float = 32.0
@@ -349,7 +350,7 @@ class DiffusionPath(nn.Module):
         self.config = config
         C, D, E = trunk.config.n_embd, config.x_dim, config.t_dim
         self.W = nn.Linear(C, D, bias=False)                                  # Eq. 5
-        self.x_in = two_layers(D, D, C, zero=True)
+        self.x_in = two_layers(D, D, C, zero=config.token_input)              # deviation 2
         self.t_in = two_layers(E, E, E)
         self.label = nn.Embedding(config.n_labels + 1, E)                     # the last one: no label
         nn.init.normal_(self.label.weight, std=0.02)
@@ -363,22 +364,22 @@ class DiffusionPath(nn.Module):
 
     def condition(self, t, label):
         """What depends on t (N,) and label (N,) alone: the modulations, L times (N, 6C), and w_d (N, C)."""
-        def embed(t):
+        def time_embedding(t):
             features = time_features(t, self.config.t_dim, self.config.time_scale)
             return self.t_in(features.to(self.W.weight.dtype)) + self.label(label)
-        emb = embed(t)                                                        # (N, E)
+        emb = time_embedding(t)                                               # (N, E)
         # w(0) is computed in the same shape as w(t): another shape may round differently, and w_d(0) must be 0
-        w_d = self.w(emb) - self.w(embed(torch.zeros_like(t)))                # Eq. 6
+        w_d = self.w(emb) - self.w(time_embedding(torch.zeros_like(t)))       # Eq. 6
         return [block.modulation(emb) for block in self.h], w_d
 
-    def forward(self, x_t, t, emb, modulations, c):
+    def forward(self, x_t, t, start, modulations, c):
         """h_path (N, C), from x_t (N, D), t (N,) and the Context c; modulations from condition.
 
-        emb (N, C): wpe at each position (deviation 1: GPT-2 has no rotary positions, so without it the queries would
+        start (N, C), what the blocks see besides x_t: wpe at each position (deviation 1: GPT-2 has no rotary positions, so without it the queries would
         not know where they stand), and with token_input the embedding of the token there (deviation 2).
         """
         x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
-        h = self.x_in(x.to(self.W.weight.dtype)) + emb                        # (N, C)
+        h = self.x_in(x.to(self.W.weight.dtype)) + start                      # (N, C)
         for block, modulation, (k, v) in zip(self.h, modulations, c.kv):
             h = block(h, modulation, k, v, c.at, c.mask)
         return h
@@ -391,8 +392,8 @@ class Context(NamedTuple):
     token: torch.Tensor             # (N,) the token there, the last of its context
     pos: torch.Tensor               # (N,) its position
     kv: list                        # L pairs (k, v), each (B, H, S, C/H)
-    at: tuple = None                # (rows, cols), each (N,): where the N positions are in kv; None: one in each row,
-    mask: torch.Tensor = None       # which sees the keys that mask (B, 1, 1, S) says, or all
+    at: tuple = None                # (rows, cols), each (N,): where the N positions are in kv; None: position i is row i's
+    mask: torch.Tensor = None       # (B, 1, 1, S), only where at is None: True = visible; None = every key is
 
     def select(self, r):
         """The same for some of the positions: r an index tensor, or a slice."""
@@ -429,10 +430,10 @@ class L2D(nn.Module):
         path.condition(t, label), where it is already known.
         """
         modulations, w_d = condition if condition is not None else self.path.condition(t, label)
-        emb = self.trunk.wpe(c.pos)                                           # (N, C)
-        if self.path.config.token_input:
-            emb = emb + self.trunk.wte(c.token)
-        h_path = self.path(x_t, t, emb, modulations, c)
+        start = self.trunk.wpe(c.pos)                                         # (N, C), deviation 1
+        if self.path.config.token_input:                                      # deviation 2
+            start = start + self.trunk.wte(c.token)
+        h_path = self.path(x_t, t, start, modulations, c)
         return self.trunk.head(c.h + w_d * h_path)
 
 

@@ -59,7 +59,7 @@ def check(sampler, label, model, checkpoint, out_dir):
     names = checkpoint["data"]["label_names"]
     if model.path is None and sampler.steps > 1:
         raise UserError(f"error: {out_dir} holds a trunk without a path, which has only --steps=1, not {sampler.steps}; "
-                        f"train a path on it: python train.py config/demo_l2d.py --trunk={out_dir}/best.pt")
+                        f"train a path on it: python train.py --trunk={out_dir}/best.pt --data_dir={checkpoint['config']['data_dir']} --out_dir=out/l2d")
     if label is not None and not -1 <= label < len(names):
         raise UserError(f"error: label={label}, but the labels are " + ", ".join(f"{i}: {n}" for i, n in enumerate(names)) + ", -1: none")
     if sampler.guidance != 1 and label == -1:

@@ -2,8 +2,8 @@
 Train L2D, or one of its controls, on data made by prepare_data.py.
 
     python train.py config/l2d_gsm8k.py                                # GPT-2 and GSM8K, one GPU
-    torchrun --nproc_per_node=8 train.py                               # the same on eight
-    python train.py config/demo_l2d.py --out_dir=out/mine --steps=500  # two CPU cores, no network
+    torchrun --nproc_per_node=8 train.py                               # the same configuration on eight
+    python train.py config/demo_l2d.py --out_dir=out/mine --steps=500  # after demo.sh: two CPU cores, no network
 
 trunk_mode x path_mode: frozen + full or lora is L2D; lora or full + none are the controls; lora or full with a
 path trains both at once. A trunk comes from GPT-2's weights, from a checkpoint of this script (its trunk alone,
@@ -156,7 +156,7 @@ class Ranks:
 
 
 # ---------------------------------------------------------------------------------------------------- data
-def load(config, split):
+def load_fitting(config, split):
     """A split of the data, checked to fit block_size."""
     data = load_split(config.data_dir, split)
     longest = int(np.diff(data.offsets).max())
@@ -184,7 +184,8 @@ def batches_of_epoch(lengths, batch_size, n_micro, seed):
     """The example ids of one epoch, (steps, n_micro, batch_size / n_micro): a step's micro-batches, all ranks together.
 
     Shuffled, then sorted by length within chunks of 50 batches and cut into micro-batches, so that a micro-batch
-    holds similar lengths and little padding; a step takes its micro-batches at random, so that it sees all lengths.
+    holds similar lengths and little padding; a step takes its micro-batches at random, so that with several of them it
+    sees several lengths (with one it sees one: the loss then swings from step to step).
     The rest that fills no batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
     """
     rng = np.random.default_rng(seed)
@@ -247,7 +248,7 @@ def generator_for(device, *key):
     return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
 
 
-def draw(config, model, targets, label, generator):
+def draw_noise(config, model, targets, label, generator):
     """What one micro-batch draws: labels after dropout (B,), t (N,), x_0 (N, D), own_guess (N,) or None."""
     if model.path is None:
         return label, None, None, None
@@ -269,12 +270,14 @@ N_BINS = 8
 @torch.no_grad()
 def evaluate(model, data, ids, config, ranks, autocast):
     """Teacher-forced loss on the examples ids: of the trunk, of the pair, and of the pair for each of N_BINS bins
-    of t. The noise is the same at every evaluation. Without a path the trunk's loss is the loss."""
+    of t. Without labels, as in sampling by default: a label comes from the true answer. The noise is the same at every
+    evaluation. Without a path the trunk's loss is the loss."""
     sums = torch.zeros(2, N_BINS + 2, dtype=torch.float64, device=ranks.device)  # sums and counts: bins, all, trunk
     trunk_only = type(model)(model.trunk)
     for start in range(ranks.rank * 32, len(ids), ranks.world * 32):
         idx, targets, label = batch_of(data, ids[start:start + 32], ranks.device)
-        _, t, x_0, _ = draw(config, model, targets, label, generator_for(ranks.device, 1, config.seed, start))
+        label = torch.full_like(label, model.path.config.n_labels if model.path else 0)
+        _, t, x_0, _ = draw_noise(config, model, targets, label, generator_for(ranks.device, 1, config.seed, start))
         with autocast:
             trunk_loss = diffusion.nll(trunk_only, idx, targets, label)
             loss = diffusion.nll(model, idx, targets, label, t, x_0) if model.path else trunk_loss
@@ -306,7 +309,7 @@ class Run:
         with self.ranks.main_first():                                         # it may download, and makes out_dir
             self.open_out_dir()
             self.manifest = load_manifest(config.data_dir)
-            self.train, self.val = load(config, config.train_split), load(config, config.val_split)
+            self.train, self.val = load_fitting(config, config.train_split), load_fitting(config, config.val_split)
             torch.manual_seed(config.seed)                                    # the same initial weights on every rank
             self.model = make_model(config, self.manifest).to(self.device)
         self.lengths, self.epoch = np.diff(self.train.offsets), None
@@ -394,7 +397,7 @@ class Run:
         for micro in range(self.ranks.rank, len(micro_batches), self.ranks.world):
             idx, targets, label = batch_of(train, micro_batches[micro], self.device)
             generator = generator_for(self.device, 0, config.seed, self.step, micro)
-            label, t, x_0, own_guess = draw(config, self.model, targets, label, generator)
+            label, t, x_0, own_guess = draw_noise(config, self.model, targets, label, generator)
             with self.autocast, sdpa_kernel(self.kernels):
                 loss = diffusion.nll(self.model, idx, targets, label, t, x_0, own_guess).sum() / n_targets
             self.scaler.scale(loss).backward()
@@ -419,7 +422,8 @@ class Run:
                             f"{self.last} holds the last evaluated state")
 
     def evaluate_and_save(self):
-        config, result = self.config, evaluate(self.model, self.eval_data, self.eval_ids, self.config, self.ranks, self.autocast)
+        config = self.config
+        result = evaluate(self.model, self.eval_data, self.eval_ids, config, self.ranks, self.autocast)
         self.check(result["val_loss"], "validation loss")
         text = f"step {self.step}: validation loss {result['val_loss']:.4f}"
         if self.model.path:

@@ -654,8 +654,8 @@ def test_teacher_forced_is_algorithm_1_at_every_target(model, setting):
     sampler, (idx, targets, label, n) = Sampler(**SETTINGS[setting]), example()
     loss, right, nfe = teacher_forced(model, idx, targets, sampler, generator(), label)
     g = generator()                                                          # the same draws, in the same order
-    u = torch.rand(n, sampler.steps + 1, generator=g)
     x_0 = torch.randn(n, 8, generator=g) if sampler.steps > 1 else torch.zeros(n, 8)
+    u = torch.rand(n, sampler.steps + 1, generator=g)
     at = (targets >= 0).nonzero(as_tuple=True)
     for i, (row, k) in enumerate(zip(*(z.tolist() for z in at))):
         naive = Naive(model, sampler, label[row].item())
@@ -672,3 +672,11 @@ def test_settings_out_of_range(wrong):
     (name,) = wrong
     with pytest.raises(UserError, match=f"error: {name}="):
         Sampler(**wrong)
+
+
+def test_the_noise_of_a_row_is_the_same_for_every_number_of_steps():
+    """Else T = 2 and T = 16 would not be compared on the same noise."""
+    draws = [row_noise([3, 5], 7, 6, 4, Sampler(steps=steps), "cpu") for steps in (1, 2, 16)]
+    for x_0, u in draws:
+        assert torch.equal(x_0, draws[0][0]) and torch.equal(u[:, :, 0], draws[0][1][:, :, 0])
+    assert not torch.equal(draws[0][0][0], draws[0][0][1]) and u.shape == (2, 6, 17)

@@ -119,7 +119,7 @@ def test_top_k_and_temperature(wild, encoding):
 
 def test_guidance_and_label(run):
     """The label and the strength of the guidance are seen in the text; strength 1 and label -1 change nothing."""
-    text = lambda *args: run("--steps=4", *args)[0][0]
+    text = lambda *args: run("--steps=8", *args)[0][0]
     none, one, two = text(), text("--label=1"), text("--label=2")
     assert len({none, one, two, text("--label=1", "--guidance=3"), text("--label=1", "--guidance=0.5")}) == 5
     assert text("--label=-1") == none and text("--label=1", "--guidance=1") == one

@@ -167,10 +167,10 @@ def test_mode(trunk_mode, path_mode, options, trunk, capsys):
 
 def test_every_option_of_the_diffusion(options):
     """The values that are not the defaults reach the path and train."""
-    train.main(argv(**options, own_guess=0.5, input_scale="unit", time_scale=1, gate_init=1, stratified=False, lora_alpha=8, path_mode="lora"))
+    train.main(argv(**options, own_guess=0.5, input_scale="unit", time_scale=1, gate_init=0.5, token_input=False, stratified=False, lora_alpha=8, path_mode="lora"))
     path = load_checkpoint(options["out_dir"] / "best.pt")["path_config"]
-    assert path == dict(mode="lora", x_dim=16, t_dim=32, sigma=4.0, input_scale="unit", time_scale=1.0, gate_init=1.0, n_labels=4,
-                        rank=4, alpha=8.0)
+    assert path == dict(mode="lora", x_dim=16, t_dim=32, sigma=4.0, input_scale="unit", time_scale=1.0, gate_init=0.5, token_input=False,
+                        n_labels=4, rank=4, alpha=8.0)
     first, last = evaluations(options["out_dir"])
     assert last["val_loss"] < first["val_loss"] - 0.1
 
@@ -282,8 +282,8 @@ def test_generator_for():
 
 def test_noise_differs_everywhere(options, monkeypatch):
     """Over the micro-batches of three steps: no x_0 and no t twice, one t in each bin; and again the same with the same seed."""
-    drawn, draw = [], train.draw
-    monkeypatch.setattr(train, "draw", lambda *args: (drawn.append(draw(*args)), drawn[-1])[1])
+    drawn, draw = [], train.draw_noise
+    monkeypatch.setattr(train, "draw_noise", lambda *args: (drawn.append(draw(*args)), drawn[-1])[1])
     def three_steps(seed):
         shutil.rmtree(options["out_dir"], ignore_errors=True)
         drawn.clear()
@@ -311,13 +311,13 @@ def test_draw(options):
     model = train.make_model(config(**options), load_manifest(options["data_dir"]))
     targets, label = torch.zeros(4000, 5, dtype=torch.long), torch.arange(4000) % 4
     targets[:, 2] = -1
-    new, t, x_0, own_guess = train.draw(config(**options, own_guess=0.3, label_dropout=0.2), model, targets, label, train.generator_for("cpu", 1))
+    new, t, x_0, own_guess = train.draw_noise(config(**options, own_guess=0.3, label_dropout=0.2), model, targets, label, train.generator_for("cpu", 1))
     dropped = new == 4
     assert abs(dropped.float().mean() - 0.2) < 0.03 and torch.equal(new[~dropped], label[~dropped])
     assert len(t) == len(x_0) == len(own_guess) == 16000
     assert abs((own_guess > 0).float().mean() - 0.3) < 0.02 and own_guess.max() < 1
     assert abs(own_guess[own_guess > 0].mean() - 0.5) < 0.02
-    new, _, _, own_guess = train.draw(config(**options, own_guess=0, label_dropout=0), model, targets, label, train.generator_for("cpu", 1))
+    new, _, _, own_guess = train.draw_noise(config(**options, own_guess=0, label_dropout=0), model, targets, label, train.generator_for("cpu", 1))
     assert own_guess is None and torch.equal(new, label)
 
 
@@ -335,7 +335,7 @@ def noise_from_tokens(config, model, targets, label, generator):
 
 def test_micro_batches_are_one_batch(options, tmp_path, monkeypatch):
     """The same examples in 1, 2 and 8 parts of unequal numbers of targets: no mean of means."""
-    monkeypatch.setattr(train, "draw", noise_from_tokens)
+    monkeypatch.setattr(train, "draw_noise", noise_from_tokens)
     batches_of_epoch = train.batches_of_epoch
     def halves_of_one_batch(lengths, batch_size, n_micro, seed):  # else n_micro decides which examples meet in a step
         batches = batches_of_epoch(lengths, batch_size, 1, seed)
@@ -498,7 +498,7 @@ def test_the_gradient_is_that_of_the_mean_over_tokens(options):
     total, count = 0, 0
     for micro, ids in enumerate(run.batch(0)):
         idx, targets, label = train.batch_of(run.train, ids, "cpu")
-        label, t, x_0, _ = train.draw(run.config, run.model, targets, label, train.generator_for("cpu", 0, 0, 0, micro))
+        label, t, x_0, _ = train.draw_noise(run.config, run.model, targets, label, train.generator_for("cpu", 0, 0, 0, micro))
         rows, cols = torch.where(targets != -1)
         x_1 = run.model.path.token_space(run.model.trunk.wte.weight[targets[rows, cols]])
         c = run.model.read(idx, (rows, cols))
@@ -579,7 +579,8 @@ def test_evaluate(options, l2d):
     bins, trunk_losses = [[] for _ in range(8)], []
     for start in range(0, 70, 32):
         _, targets, label = train.batch_of(data, ids[start:start + 32], "cpu")
-        _, t, x_0, _ = train.draw(c, model, targets, label, train.generator_for("cpu", 1, 0, start))
+        label = torch.full_like(label, model.path.config.n_labels)            # validation is without labels
+        _, t, x_0, _ = train.draw_noise(c, model, targets, label, train.generator_for("cpu", 1, 0, start))
         used = 0
         for i in ids[start:start + 32]:                           # one example at a time, without padding
             tokens = torch.from_numpy(data.tokens[data.offsets[i]:data.offsets[i + 1]].astype(np.int64))
@@ -588,10 +589,10 @@ def test_evaluate(options, l2d):
             used += len(cols)
             context = model.read(tokens[None, :-1], (torch.zeros_like(cols), cols))
             x_t = t[mine, None] * model.embed(y) + (1 - t[mine, None]) * x_0[mine]
-            logits = model(x_t, t[mine], context, torch.tensor([int(data.labels[i])]).expand(len(cols)))
+            logits = model(x_t, t[mine], context, torch.tensor([model.path.config.n_labels]).expand(len(cols)))
             for b, loss in zip((t[mine] * 8).floor().int().tolist(), F.cross_entropy(logits, y, reduction="none").tolist()):
                 bins[b].append(loss)
-            trunk_losses += F.cross_entropy(model.trunk.head(h[0, cols]), y, reduction="none").tolist()
+            trunk_losses += F.cross_entropy(model.trunk.head(context.h), y, reduction="none").tolist()
         assert used == len(t)
     assert alone["trunk_loss"] == pytest.approx(np.mean(trunk_losses), rel=1e-5)
     assert alone["val_loss"] == pytest.approx(np.mean(sum(bins, [])), rel=1e-5)
