@@ -10,6 +10,7 @@ McNemar test). Each answer is written to out_dir/eval as soon as it is there: a 
 stopped. A question that does not fit counts as wrong; none is dropped.
 """
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -206,10 +207,7 @@ def show(rows):
 
 def plot(path, results, controls):
     """Accuracy against path calls per token with 95% intervals; controls [(name, results)] as lines."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("error: --plot needs matplotlib: pip install matplotlib")
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = results["rows"]
@@ -227,13 +225,38 @@ def plot(path, results, controls):
     plt.close(figure)
 
 
+def read_controls(config):
+    """[(name, results)] of the out_dirs in config.controls, evaluated before; and a check that matplotlib is there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("error: --plot needs matplotlib: pip install matplotlib")
+    controls = []
+    for name in filter(None, config.controls.split(",")):
+        try:
+            with open(os.path.join(name, "eval", f"{config.split}.json")) as file:
+                controls.append((os.path.basename(name), json.load(file)))
+        except OSError:
+            raise UserError(f"error: no evaluation in {name}; run: python evaluate.py --out_dir={name} --split={config.split} --steps=1")
+    return controls
+
+
+def commit():
+    """The commit of this code, or an empty string where git cannot tell."""
+    try:
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:                                                           # no git here
+        return ""
+
+
 def sha256(path):
+    """The hash of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv=None):
     config = configure(Config, argv, __doc__)
+    controls = read_controls(config) if config.plot else []
     model, encoding, checkpoint = load(config.out_dir, config.checkpoint, config.device, config.dtype)
     samplers = config.samplers()
     for sampler in samplers:
@@ -271,11 +294,7 @@ def main(argv=None):
         for record in [r for r in before if not r["strict"]][:config.mistakes]:
             problem = data.problems[record["id"]]
             print(f"\nwrong, steps={samplers[-1].steps}: {problem.question}\n  gold:   {problem.answer!r}\n  output: {record['output']!r}")
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    except OSError:                                                           # no git here
-        commit = ""
-    results = {"config": asdict(config), "rows": rows, "weights_sha256": weights, "commit": commit, "command": " ".join(sys.argv),
+    results = {"config": asdict(config), "rows": rows, "weights_sha256": weights, "commit": commit(), "command": " ".join(sys.argv),
                "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor() or platform.machine()}
     out = os.path.join(folder, f"{config.split}_{key}.json")
     for path in (out, os.path.join(folder, f"{config.split}.json")):          # by settings, and the latest under a plain name
@@ -284,13 +303,6 @@ def main(argv=None):
         os.replace(path + ".part", path)
     print(f"\nwritten to {out}")
     if config.plot:
-        controls = []
-        for name in filter(None, config.controls.split(",")):
-            try:
-                with open(os.path.join(name, "eval", f"{config.split}.json")) as file:
-                    controls.append((os.path.basename(name), json.load(file)))
-            except OSError:
-                raise UserError(f"error: no evaluation in {name}; run: python evaluate.py --out_dir={name} --split={config.split} --steps=1")
         plot(out.replace(".json", ".png"), results, controls)
         print(f"figure: {out.replace('.json', '.png')}")
 

@@ -18,7 +18,7 @@ from diffusion import Sampler, generate
 from model import load_checkpoint, model_from_checkpoint
 from prepare_data import encode_prompt, fingerprint, load_tokenizer
 
-QUESTION = "Emma has 38 apples. Then she buys 26 more. She gives half of them to Luis. How many apples does Emma have now?"
+QUESTION = "Ruth has 32 red coins and 22 blue coins. Ivy has 5 coins. How many do they have together?"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,13 @@ def test_every_command_parses(command):
     """Every script call of README has options that exist, of the right type, and config files that exist."""
     words = shlex.split(command)
     i = next(i for i, word in enumerate(words) if word in CONFIGS)
-    configure(CONFIGS[words[i]], [str(ROOT / w) if w.endswith(".py") else w for w in words[i + 1:]])
+    options = [str(ROOT / w) if w.endswith(".py") else w for w in words[i + 1:]]
+    if "--help" in options:
+        with pytest.raises(SystemExit) as stop:
+            configure(CONFIGS[words[i]], options)
+        assert stop.value.code == 0
+    else:
+        configure(CONFIGS[words[i]], options)
 
 
 def test_there_are_commands():
