@@ -448,7 +448,9 @@ def build(trunk, path_config=None, lora=None):
 def load_checkpoint(path):
     """What train.py saved: a dict of tensors and primitives. Raises UserError where it cannot be read."""
     if not os.path.exists(path):
-        raise UserError(f"error: no checkpoint at {path}; train one first, e.g. python train.py config/demo_trunk.py")
+        config = f"config/{os.path.basename(os.path.dirname(path))}.py"       # out/NAME is where config/NAME.py writes
+        command = f"python train.py {config if os.path.exists(config) else 'config/demo_trunk.py, or bash demo.sh'}"
+        raise UserError(f"error: no checkpoint at {path}; make one first: {command}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(checkpoint, dict), "wrong contents"
