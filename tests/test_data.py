@@ -49,7 +49,7 @@ def error(*argv):
 # ---------------------------------------------------------------- the generator
 
 def test_annotations_and_final_numbers(arithmetic):
-    """Every <<expression=result>> recomputed with fractions; #### is the last result; all numbers in 0..999."""
+    """Every <<expression=result>> recomputed with fractions; #### is the last result; all numbers in 0..99."""
     for split in SPLITS:
         for problem in load_split(arithmetic, split).problems:
             *lines, last = problem.answer.split("\n")
@@ -62,7 +62,7 @@ def test_annotations_and_final_numbers(arithmetic):
                 assert exact == int(result) == int(spoken)
                 assert f"{expression} = <<" in problem.answer
                 results.append(int(result))
-            assert all(int(n) <= 999 for n in re.findall(r"\d+", problem.question + problem.answer))
+            assert all(int(n) <= 99 for n in re.findall(r"\d+", problem.question + problem.answer))
             if results:
                 assert final == results[-1] and len(results) == len(lines)
             if not split.startswith("mix"):
@@ -139,7 +139,7 @@ def test_sizes_and_variety(arithmetic):
     targets = np.add.reduceat(split.mask.astype(int), split.offsets[:-1])
     assert 25 < (length - targets).mean() < 40 and 35 < targets.mean() < 52 and length.max() < 128
     sums = Counter(re.findall(r"<<(\d+[-+*/]\d+)=", "".join(p.answer for p in split.problems)))
-    assert len(sums) > 0.8 * sums.total()
+    assert len(sums) > 0.4 * sums.total()                       # numbers end at 99, so operations do repeat
     finals = Counter(p.answer.split("#### ")[1] for p in split.problems)
     assert finals.most_common(1)[0][1] < 0.02 * len(split.problems)      # no constant answer scores
 
@@ -173,7 +173,7 @@ def test_same_input_same_bytes(tmp_path):
 
 def test_numbers_are_single_tokens(encoding):
     assert encoding.n_vocab <= 2500
-    for n in range(1000):
+    for n in range(100):
         assert len(encoding.encode_ordinary(f" {n}")) == 1
         assert encoding.decode(encoding.encode_ordinary(f" {n}")) == f" {n}"
         pieces = [encoding.decode([i]) for i in encoding.encode_ordinary(f"7+{n}*{n}/{n}-{n}={n}>>{n}")]
