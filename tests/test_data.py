@@ -141,7 +141,7 @@ def test_sizes_and_variety(arithmetic):
     sums = Counter(re.findall(r"<<(\d+[-+*/]\d+)=", "".join(p.answer for p in split.problems)))
     assert len(sums) > 0.4 * sums.total()                       # numbers end at 99, so operations do repeat
     finals = Counter(p.answer.split("#### ")[1] for p in split.problems)
-    assert finals.most_common(1)[0][1] < 0.02 * len(split.problems)      # no constant answer scores
+    assert finals.most_common(1)[0][1] < 0.04 * len(split.problems)      # no constant answer scores
 
 
 def test_options_do_not_disturb_other_splits(arithmetic, tmp_path):
