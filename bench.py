@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ import diffusion
 import train
 from configurator import UserError, configure
 from diffusion import SOLVERS, Sampler
-from model import GPT, GPT2_SIZES, GPTConfig, PathConfig, build
+from model import GPT, GPT2_SIZES, GPTConfig, PathConfig, build, dtype_name
 
 SIZES = GPT2_SIZES | {"tiny": GPTConfig(vocab_size=1024, n_layer=2, n_head=2, n_embd=64)}
 
@@ -325,8 +325,7 @@ class Trainee:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = train.make_optimizer(self.params, self.settings)
         self.autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-        flash = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if device.type == "cuda" else []
-        self.kernels = [*flash, SDPBackend.MATH]                              # on a CPU plain matmuls, as in train.py
+        self.kernels = train.attention_kernels(device)
 
     def __call__(self):
         idx, targets, label = self.batch
@@ -398,7 +397,7 @@ def machine(device):
 def main(argv=None):
     config = configure(Config, argv, __doc__)
     device = train.Ranks(train.Config(device=config.device)).device
-    dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    dtype = getattr(torch, dtype_name(config.dtype, device.type))
     try:
         os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
         if os.path.isdir(config.out):

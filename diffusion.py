@@ -226,9 +226,10 @@ class Denoiser:
         self.nfe = torch.zeros_like(label)
         self.running = torch.ones_like(label, dtype=torch.bool)               # rows the stopping rule has not ended
         self.logits = model.trunk.head(c.h).float()
-        self.guess = self.logits.argmax(-1)
         if sampler.steps > 1:
             self.guess, self.x_1_hat = self.estimate(self.logits, u[:, 1])
+        else:
+            self.guess = self.logits.argmax(-1)
         self.write_trace(0.0, slice(None))
 
     def __call__(self, x_t, t, rows=None, last=False):
@@ -349,10 +350,9 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
     idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)  # (B, P)
     pos = torch.tensor(lengths, device=device) - 1                            # (B,) where the next token is predicted
     c = model.read(idx, (torch.arange(B, device=device), pos))
-    h, kv = c.h, c.kv                                                         # (B, C)
-    token = idx.gather(1, pos[:, None])[:, 0]                                 # (B,) the last of each row
+    h, token = c.h, c.token                                                   # (B, C), (B,) the last of each row
     block_size, P = model.trunk.config.block_size, idx.size(1)
-    cache = new_cache(kv, min(P + max_new_tokens, block_size))
+    cache = new_cache(c.kv, min(P + max_new_tokens, block_size))
 
     for n in range(max_new_tokens):
         # Right padding is harmless: a row sees keys up to its own position and overwrites the padding as it grows.

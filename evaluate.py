@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure
 from diffusion import Sampler, generate, teacher_forced
-from prepare_data import encode_prompt, load_manifest, load_split
+from prepare_data import encode_prompt, load_manifest, load_split, write_file
 from sample import check, load
 from train import batch_of
 
@@ -135,9 +135,8 @@ def answers(config, sampler, model, encoding, data, n, labels, path):
     prompts = [encode_prompt(encoding, problem.question) for problem in data.problems[:n]]
     todo = sorted((i for i in range(n) if i not in done), key=lambda i: len(prompts[i]))
     progress = tqdm(total=n, initial=len(done), unit="problem", desc=f"steps={sampler.steps}", disable=not sys.stderr.isatty())
-    with open(path + ".part", "w") as file:                                   # drop a cut line before going on
-        file.writelines(json.dumps(record) + "\n" for record in done.values())
-    os.replace(path + ".part", path)
+    kept = "".join(json.dumps(record) + "\n" for record in done.values())     # drops a cut line before going on
+    write_file(path, lambda file: file.write(kept.encode()))
     with open(path, "a") as file:
         for start in range(0, len(todo), config.batch_size):
             ids, began = todo[start:start + config.batch_size], time.time()
@@ -298,9 +297,7 @@ def main(argv=None):
                "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor() or platform.machine()}
     out = os.path.join(folder, f"{config.split}_{key}.json")
     for path in (out, os.path.join(folder, f"{config.split}.json")):          # by settings, and the latest under a plain name
-        with open(path + ".part", "w") as file:
-            json.dump(results, file, indent=1)
-        os.replace(path + ".part", path)
+        write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
     print(f"\nwritten to {out}")
     if config.plot:
         plot(out.replace(".json", ".png"), results, controls)

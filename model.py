@@ -478,3 +478,15 @@ def describe(model, trunk_lora=None):
     """The part of a checkpoint that says what the model is: everything model_from_checkpoint needs."""
     return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora,
             "path_config": asdict(model.path.config) if model.path else None, "model": model.state_dict()}
+
+
+def device_kind(want):
+    """"cuda" or "cpu" for the option --device (auto, cpu, cuda). Raises UserError where there is no CUDA to use."""
+    if want == "cuda" and not torch.cuda.is_available():
+        raise UserError("error: --device=cuda, but this machine (or this build of torch) has no CUDA; use --device=cpu")
+    return "cuda" if want != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def dtype_name(want, kind):
+    """The name of the dtype for the option --dtype: auto is bfloat16 on cuda, float32 on cpu."""
+    return want if want != "auto" else "bfloat16" if kind == "cuda" else "float32"

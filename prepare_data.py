@@ -348,7 +348,8 @@ TASKS = {task.name: task for task in (
 # Writing
 
 def write_file(path, write):
-    """Calls write(file) on a temporary file and renames it, so that path is never half written."""
+    """Calls write(file), file binary, on a temporary file and renames it, so that path is never half written."""
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:
         write(f)

@@ -15,7 +15,7 @@ import torch
 
 from configurator import UserError, configure
 from diffusion import Sampler, generate
-from model import load_checkpoint, model_from_checkpoint
+from model import device_kind, dtype_name, load_checkpoint, model_from_checkpoint
 from prepare_data import encode_prompt, fingerprint, load_tokenizer
 
 QUESTION = "Ruth has 32 red coins and 22 blue coins. Ivy has 5 coins. How many do they have together?"
@@ -39,9 +39,7 @@ class Config(Sampler):
 
 def load(out_dir, which, device="auto", dtype="auto"):
     """The model on its device, ready to sample, its tokenizer and its checkpoint. Raises UserError."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("error: --device=cuda, but this machine (or this build of torch) has no CUDA; use --device=cpu")
-    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = device_kind(device)
     path = os.path.join(out_dir, f"{which}.pt")
     checkpoint = load_checkpoint(path)
     if missing := {"tokenizer", "data", "config"} - checkpoint.keys():
@@ -50,8 +48,7 @@ def load(out_dir, which, device="auto", dtype="auto"):
     if fingerprint(encoding) != checkpoint["tokenizer"]["fingerprint"]:
         raise UserError(f"error: {path} was trained with another version of the tokenizer {checkpoint['tokenizer']['name']}; train it again")
     model = model_from_checkpoint(checkpoint, path).requires_grad_(False)
-    dtype = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    return model.to(device, getattr(torch, dtype)), encoding, checkpoint
+    return model.to(device, getattr(torch, dtype_name(dtype, device))), encoding, checkpoint
 
 
 def check(sampler, label, model, checkpoint, out_dir):

@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 import diffusion
 from configurator import UserError, configure
-from model import GPT, GPTConfig, PathConfig, build, describe, load_checkpoint, load_state, model_from_checkpoint
-from prepare_data import load_manifest, load_split
+from model import (GPT, GPTConfig, PathConfig, build, describe, device_kind, dtype_name, load_checkpoint, load_state,
+                   model_from_checkpoint)
+from prepare_data import load_manifest, load_split, write_file
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,7 @@ class Ranks:
     """Where this process stands among those torchrun started; one process alone is rank 0 of 1."""
     def __init__(self, config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        want = config.device
-        if want == "cuda" and not torch.cuda.is_available():
-            raise UserError("error: --device=cuda, but this machine (or this build of torch) has no CUDA; use --device=cpu")
-        kind = "cuda" if want != "cpu" and torch.cuda.is_available() else "cpu"
+        kind = device_kind(config.device)
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
         if kind == "cuda":
             torch.cuda.set_device(self.device)
@@ -234,6 +232,13 @@ def make_optimizer(params, config):
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
+def attention_kernels(device):
+    """The attention kernels training may use. CPU: the backward of the fused one in bfloat16 is many times slower than
+    that of plain matmuls (DESIGN 9)."""
+    flash = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if device.type == "cuda" else []
+    return [*flash, SDPBackend.MATH]
+
+
 def learning_rate(step, config):
     """Linear warm-up to learning_rate, then linear decay to min_lr at the last step. step counts from 0."""
     if step < config.warmup:
@@ -296,8 +301,7 @@ def evaluate(model, data, ids, config, ranks, autocast):
 # ------------------------------------------------------------------------------------------------------ run
 def save(checkpoint, path):
     """Write whole or not at all: a kill while writing leaves the old file."""
-    torch.save(checkpoint, path + ".part")
-    os.replace(path + ".part", path)
+    write_file(path, lambda file: torch.save(checkpoint, file))
 
 
 class Run:
@@ -321,11 +325,10 @@ class Run:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.params, config)
         on_gpu = self.device.type == "cuda"
-        self.dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32"
+        self.dtype = dtype_name(config.dtype, self.device.type)
         self.autocast = torch.autocast(self.device.type, getattr(torch, self.dtype)) if self.dtype != "float32" else nullcontext()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
-        # CPU: the backward of fused attention in bfloat16 is many times slower than that of plain matmuls (DESIGN 9)
-        self.kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] if on_gpu else [SDPBackend.MATH]
+        self.kernels = attention_kernels(self.device)
         self.step, self.best = 0, math.inf
         if config.resume:
             self.resume()
@@ -366,9 +369,7 @@ class Run:
         if self.ranks.main:
             with open(self.metrics) as file:
                 kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            with open(self.metrics + ".part", "w") as file:
-                file.writelines(kept)
-            os.replace(self.metrics + ".part", self.metrics)
+            write_file(self.metrics, lambda file: file.write("".join(kept).encode()))
 
     def say(self, text):
         if self.ranks.main:

@@ -378,10 +378,11 @@ step, save = train.Run.train_step, torch.save
 def killed_step(run):
     if run.step == 9: os.kill(os.getpid(), signal.SIGKILL)
     return step(run)
-def killed_save(checkpoint, path):
-    save(checkpoint, path)
-    if checkpoint["step"] == 6 and "last" in path:
-        os.truncate(path, os.path.getsize(path) // 2)
+def killed_save(checkpoint, file):
+    save(checkpoint, file)
+    file.flush()
+    if checkpoint["step"] == 6 and "last" in str(file.name):
+        os.truncate(file.name, os.path.getsize(file.name) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 if at == "step": train.Run.train_step = killed_step
 else: torch.save = killed_save
