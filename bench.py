@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Literal
@@ -63,6 +63,7 @@ class Config:
     steps: str = "1,2,4,8,16"       # evaluations per token; 1, plain decoding, is always measured
     solvers: str = "euler"          # of euler, midpoint, heun, adaptive
     batch: str = "1,8"              # prompts decoded at once
+    shortlist: int = 0              # every one of them with a shortlist of so many words, too; 0 = not
     path_mode: Literal["full", "lora"] = "full"
     prompt: int = 64                # tokens
     new_tokens: int = 32
@@ -87,6 +88,8 @@ class Config:
                 raise UserError(f"error: {a} + {b} = {total}, but {self.model} has {SIZES[self.model].block_size} positions; lower one")
         if wrong := [s for s in self.solvers.split(",") if s not in SOLVERS]:
             raise UserError(f"error: solvers={self.solvers!r}: {wrong[0]!r} is not one of {', '.join(SOLVERS)}")
+        if "adaptive" in self.solvers and (self.compile or self.shortlist):
+            raise UserError("error: --compile and --shortlist need the same evaluations for every token, which --solvers=adaptive does not make")
 
     def numbers(self, name):
         """The numbers that an option lists."""
@@ -116,11 +119,13 @@ FORMULAS = {                        # a later one may use the names of earlier o
     "path_flops": "2*(L*10*C*C + D*D + D*C + V*C + lora*path_lora) + L*4*S*C",
     # read for one token at batch 1
     "trunk_bytes": "b*(trunk_blocks + head)",
+    "head_bytes": "b*head",
     "path_bytes": "b*(path_blocks + x_in + head + lora*path_lora)",
     "kv_bytes": "b*2*L*C*S",                                                  # of a row at context S
     # the least a token can cost, in plain tokens: one trunk pass and T - 1 path calls
     "path_per_trunk": "path_bytes / trunk_bytes",
     "floor_T16": "1 + 15*path_per_trunk",
+    "floor_T16_shortlist": "floor_T16 - 14*head_bytes/trunk_bytes",           # one head at the start, one at the end
 }
 
 
@@ -135,13 +140,15 @@ def count(config, dtype):
     return symbols, counts
 
 
-def least_seconds(config, counts, batch, nfe, bandwidth, flops):
-    """The floor of one generate: each pass reads its weights and the KV cache once, or computes its FLOPs, whichever is slower."""
+def least_seconds(config, counts, batch, nfe, headless, bandwidth, flops):
+    """The floor of one generate: each pass reads its weights and the KV cache once, or computes its FLOPs, whichever is slower.
+    headless: how many of a token's nfe path calls use a shortlist, whose words cost nothing here."""
     def one(n_bytes, n_flops, kv=batch * counts["kv_bytes"]):
         return max((n_bytes + kv) / bandwidth, batch * n_flops / flops)
     prefill = one(counts["trunk_bytes"], 2 * (counts["head"] + config.prompt * counts["trunk_blocks"]), kv=0)
     trunk, path = (one(counts[f"{name}_bytes"], counts[f"{name}_flops"]) for name in ("trunk", "path"))
-    return prefill + (config.new_tokens - 1) * trunk + config.new_tokens * nfe * path
+    short = one(counts["path_bytes"] - counts["head_bytes"], counts["path_flops"] - 2 * counts["head"])
+    return prefill + (config.new_tokens - 1) * trunk + config.new_tokens * ((nfe - headless) * path + headless * short)
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -231,15 +238,10 @@ def make_model(config, trunk_mode, path_mode):
     return build(trunk, path if path_mode != "none" else None, (path.rank, path.alpha) if trunk_mode == "lora" else None)
 
 
-def compile_model(model):
-    model.compile()                                                           # in place, as in train.py
-    model.trunk.compile()
-
-
 # --------------------------------------------------------------------------------------------------- decoding
-def decode(model, prompts, new_tokens, sampler):
+def decode(model, prompts, new_tokens, sampler, compile=False):
     """The new tokens of each prompt, and path calls per token."""
-    out = diffusion.generate(model, prompts, -1, new_tokens, sampler)
+    out = diffusion.generate(model, prompts, -1, new_tokens, sampler, compile=compile)
     return [o.tokens for o in out], sum(o.nfe for o in out) / sum(o.predicted for o in out)
 
 
@@ -269,13 +271,14 @@ def measure_decoding(config, counts, dtype, device):
     model = make_model(config, "frozen", config.path_mode).requires_grad_(False).to(device, dtype)
     samplers = {"plain": Sampler(steps=1)} | {f"{solver} T={T}": Sampler(steps=T, solver=solver)
                                               for solver in config.solvers.split(",") for T in config.numbers("steps") if T > 1}
+    if config.shortlist:
+        samplers |= {f"{name}, shortlist {config.shortlist}": replace(s, shortlist=config.shortlist) for name, s in samplers.items() if s.steps > 2}
     baseline = transformers_gpt2(model.trunk) if config.baseline else None
     rng, n, results = np.random.default_rng(config.seed), config.new_tokens, {}
-    if config.compile:
-        compile_model(model)
+    torch._dynamo.config.recompile_limit = 100                                # one graph for each sampler and batch
     for batch in config.numbers("batch"):
         prompts = rng.integers(SIZES[config.model].vocab_size, size=(batch, config.prompt)).tolist()
-        variants = {name: partial(decode, model, prompts, n, sampler) for name, sampler in samplers.items()}
+        variants = {name: partial(decode, model, prompts, n, sampler, config.compile) for name, sampler in samplers.items()}
         if baseline:
             variants["transformers"] = partial(baseline, prompts, n)
         probe, work = probes(counts["trunk_bytes"], dtype, device)
@@ -283,9 +286,10 @@ def measure_decoding(config, counts, dtype, device):
         (bandwidth, flops), rows = peaks(seconds, work), {}
         for name in variants:
             (tokens, nfe), s, plain = said[name], seconds[name], seconds["plain"]
-            floor = least_seconds(config, counts, batch, nfe, bandwidth, flops)
+            headless = nfe - 1 if "shortlist" in name else 0
+            floor = least_seconds(config, counts, batch, nfe, headless, bandwidth, flops)
             rows[name] = {"nfe": nfe, "tokens_per_s": spread(batch * n / x for x in s), "vs_plain": spread(x / p for x, p in zip(s, plain)),
-                          "floor_vs_plain": 1 + nfe * counts["path_per_trunk"],
+                          "floor_vs_plain": 1 + nfe * counts["path_per_trunk"] - headless * counts["head_bytes"] / counts["trunk_bytes"],
                           "call_ms": spread(1e3 * (x - p) / n / nfe for x, p in zip(s, plain)) if nfe else None,
                           "call_vs_plain": spread((x - p) / p / nfe for x, p in zip(s, plain)) if nfe else None,
                           "floor_share": spread(floor / x for x in s), "same_tokens": tokens == said["plain"][0]}
@@ -361,7 +365,8 @@ def measure_training(config, dtype, device):
     counted = {name: trainee.count() for name, trainee in trainees.items()}
     if config.compile:
         for trainee in trainees.values():
-            compile_model(trainee.model)
+            trainee.model.compile()                                           # in place, as in train.py
+            trainee.model.trunk.compile()
     probe, work = probes(1 << 26, dtype, device)
     seconds, _, peak = alternate(trainees | probe, config.repeats, device, "training")
     flops, full, rows = peaks(seconds, work)[1], seconds["full finetuning"], {}

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from configurator import UserError
 from model import Context, first_keys, new_cache
@@ -179,14 +180,22 @@ class Sampler:
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
+    shortlist: int = 0              # all evaluations but the last look only at the trunk's k best tokens: a cheaper head; 0 = at all
 
     def __post_init__(self):
         must = {"steps": (self.steps >= 1, "at least 1 (1 is the untouched trunk)"), "t_end": (0 <= self.t_end <= 1, "in [0, 1]"),
                 "shift": (self.shift > 0, "above 0"), "tol": (self.tol > 0, "above 0"), "stop": (0 <= self.stop < 1, "in [0, 1)"),
-                "temperature": (self.temperature >= 0, "at least 0"), "top_k": (self.top_k >= 0, "at least 0")}
+                "temperature": (self.temperature >= 0, "at least 0"), "top_k": (self.top_k >= 0, "at least 0"),
+                "shortlist": (self.shortlist == 0 or self.shortlist > 0 and self.fixed, "0 or more, and 0 with stop or the adaptive solver, "
+                              "which cannot know their last evaluation")}
         for name, (holds, expected) in must.items():
             if not holds:
                 raise UserError(f"error: {name}={getattr(self, name)}, but it must be {expected}")
+
+    @property
+    def fixed(self):
+        """Whether every token takes the same evaluations."""
+        return self.solver != "adaptive" and not self.stop
 
 
 @dataclass
@@ -226,6 +235,8 @@ class Denoiser:
         self.nfe = torch.zeros_like(label)
         self.running = torch.ones_like(label, dtype=torch.bool)               # rows the stopping rule has not ended
         self.logits = model.trunk.head(c.h).float()
+        if sampler.shortlist:
+            self.words = self.logits.topk(min(sampler.shortlist, self.logits.size(-1))).indices   # (B, shortlist)
         if sampler.steps > 1:
             self.guess, self.x_1_hat = self.estimate(self.logits, u[:, 1])
         else:
@@ -245,11 +256,11 @@ class Denoiser:
             return self.x_1_hat
         self.n_calls += 1
         u = self.u[r, 1 + self.n_calls]
-        logits = self.path_logits(x_t, t, r, self.label)
+        logits = self.path_logits(x_t, t, r, self.label, last)
         guess, x_1_hat = self.estimate(logits, u)
         if s.guidance != 1 and not last:
-            no_label = torch.full_like(self.label, self.model.path.config.n_labels)
-            x_1_free = self.estimate(self.path_logits(x_t, t, r, no_label), u)[1]
+            no_label = torch.full_like(self.label, self.model.no_label)
+            x_1_free = self.estimate(self.path_logits(x_t, t, r, no_label, last), u)[1]
             x_1_hat = s.guidance * x_1_hat + (1 - s.guidance) * x_1_free
         if s.stop:
             self.running[r] = (guess != self.guess[r]) | (logits.softmax(-1).amax(-1) <= s.stop)
@@ -265,8 +276,8 @@ class Denoiser:
         index = rows.nonzero()[:, 0]
         return slice(None) if len(index) == len(rows) else index if len(index) else None
 
-    def path_logits(self, x_t, t, r, label):
-        """Logits of the rows r. Conditions at a shared t are computed once, for every label."""
+    def path_logits(self, x_t, t, r, label, last):
+        """Logits of the rows r. Conditions at a shared t are computed once, for every label. Off the shortlist they are -inf."""
         path, label = self.model.path, label[r]
         if torch.is_tensor(t):
             t_row = t[r]
@@ -279,7 +290,9 @@ class Denoiser:
             modulations, w_d = self.tables[t]
             condition = [m[label] for m in modulations], w_d[label]
         self.nfe[r] += 1
-        return self.model(x_t[r], t_row, self.c.select(r), label, condition).float()
+        words = self.words[r] if self.sampler.shortlist and not last else None
+        logits = self.model(x_t[r], t_row, self.c.select(r), label, condition, words).float()
+        return logits if words is None else torch.full_like(self.logits[r], -torch.inf).scatter(1, words, logits)
 
     def estimate(self, logits, u):
         """The guess (B,) and x_1_hat (B, D) that logits (B, V_size) stand for."""
@@ -327,65 +340,91 @@ def row_noise(ids, seed, max_new_tokens, x_dim, sampler, device):
     return torch.stack(x_0).to(device), torch.stack(u).to(device)
 
 
+def next_token(model, sampler, V, tables, c, label, x_0, u, trace=None):
+    """The next token of each row, (B,), by Algorithm 1, and its path calls (B,). Arguments as of Denoiser and predict."""
+    f = Denoiser(model, sampler, V, tables, c, label, u, trace)
+    logits = predict(f, x_0, sampler)
+    return choose(logits, u[:, 0], sampler.temperature, sampler.top_k), f.nfe
+
+
+def decode_step(model, sampler, V, tables, kv, token, pos, mask, label, x_0, u, trace=None):
+    """The trunk reads token (B,) at pos (B,) into kv; then next_token."""
+    h, kv = model.trunk(token[:, None], pos[:, None], kv, mask)
+    return next_token(model, sampler, V, tables, Context(h[:, 0], token, pos, kv, None, mask), label, x_0, u, trace)
+
+
+def compiled_step(*constants):
+    """decode_step as one graph of static shapes; on a GPU a CUDA graph, in which no kernel waits for Python.
+
+    constants: what stays where it is from token to token (nested tensors), so that a CUDA graph need not copy it.
+    """
+    for z in tree_leaves(constants):
+        if torch.is_tensor(z):
+            torch._dynamo.mark_static_address(z, guard=False)
+    return torch.compile(decode_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
 @torch.no_grad()
-def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None, seed=0, ids=None, trace=False):
+def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None, seed=0, ids=None, trace=False, compile=False):
     """Continue each prompt until the end of text: greedy or sampled decoding, each token by Algorithm 1.
 
     prompts: a list of B non-empty lists of token ids, of any lengths; eot: the id that ends a text; label: B
     guidance labels, or None for none; seed and ids (B integers, 0..B-1 by default): the randomness of row i
     depends on (seed, ids[i]) alone. A row is cut where block_size is reached. Rows that have ended leave the
-    batch. Returns a list of B Generated; with trace, each says how its guesses changed.
+    batch. compile: from the second token on, a step is one compiled graph (the first use takes minutes; rows that have
+    ended stay, attention covers the whole cache); not with stop, adaptive or trace. Returns a list of B Generated; with
+    trace, each says how its guesses changed.
     """
     device, path, B = model.trunk.wte.weight.device, model.path, len(prompts)
     assert path is not None or sampler.steps == 1, "without a path there is only steps = 1"
+    assert not compile or sampler.fixed and not trace, "a compiled step makes the same evaluations for every token"
     ids = range(B) if ids is None else ids
-    n_labels, D, sigma = (path.config.n_labels, path.config.x_dim, path.config.sigma) if path else (0, 0, 0.0)
-    label = torch.tensor([n_labels] * B if label is None else label, device=device)
+    D, sigma = (path.config.x_dim, path.config.sigma) if path else (0, 0.0)
+    label = torch.tensor([model.no_label] * B if label is None else label, device=device)
     x_0, u = row_noise(ids, seed, max_new_tokens, D, sampler, device)
     V = path.token_space(model.trunk.wte.weight) if sampler.steps > 1 else None   # once: it is constant now
     tables, out = {}, [Generated() for _ in prompts]
-    rows = list(range(B))                                                     # which output each row still writes to
+    rows, live = list(range(B)), range(B)       # the output that each row of the batch writes to; the rows that go on
 
     lengths = [len(p) for p in prompts]
     idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)  # (B, P)
     pos = torch.tensor(lengths, device=device) - 1                            # (B,) where the next token is predicted
     c = model.read(idx, (torch.arange(B, device=device), pos))
-    h, token = c.h, c.token                                                   # (B, C), (B,) the last of each row
-    block_size, P = model.trunk.config.block_size, idx.size(1)
-    cache = new_cache(c.kv, min(P + max_new_tokens, block_size))
+    token, block_size, P = c.token, model.trunk.config.block_size, idx.size(1)
+    length = min(P + max_new_tokens, block_size)
+    cache, step = new_cache(c.kv, length), decode_step
 
     for n in range(max_new_tokens):
         # Right padding is harmless: a row sees keys up to its own position and overwrites the padding as it grows.
-        S = min(P + n, block_size)
-        ragged = min(lengths[row] for row in rows) < P                        # else every row sees all S keys: no mask
-        mask = (torch.arange(S, device=device) <= pos[:, None])[:, None, None] if ragged else None   # (B, 1, 1, S)
-        kv = first_keys(cache, S)
-        if n > 0:
-            h, kv = model.trunk(token[:, None], pos[:, None], kv, mask)
-            h = h[:, 0]                                                       # (B, C)
-        traces = [[] for _ in rows] if trace else None
-        f = Denoiser(model, sampler, V, tables, Context(h, token, pos, kv, None, mask), label, u[:, n], traces)
-        logits = predict(f, sigma * x_0[:, n], sampler)
-        token = choose(logits, u[:, n, 0], sampler.temperature, sampler.top_k)
+        S = length if compile else min(P + n, block_size)
+        masked = compile or min(lengths[row] for row in rows) < P             # else every row sees all S keys
+        mask = (torch.arange(S, device=device) <= pos[:, None])[:, None, None] if masked else None   # (B, 1, 1, S)
+        kv, x, u_n, traces = first_keys(cache, S), sigma * x_0[:, n], u[:, n], [[] for _ in rows] if trace else None
+        if n == 0:                                                            # the prompt has just been read; this also fills tables
+            token, nfe = next_token(model, sampler, V, tables, Context(c.h, token, pos, kv, None, mask), label, x, u_n, traces)
+            step = compiled_step(V, tables, cache) if compile else step
+        else:
+            token, nfe = step(model, sampler, V, tables, kv, token, pos, mask, label, x, u_n, traces)
 
-        going = []                                                            # rows that go on
-        for i, (row, y, nfe, at) in enumerate(zip(rows, token.tolist(), f.nfe.tolist(), pos.tolist())):
-            o = out[row]
-            o.predicted, o.nfe, o.ended = o.predicted + 1, o.nfe + nfe, y == eot
+        going, ys, calls, ats = [], token.tolist(), nfe.tolist(), pos.tolist()
+        for i in live:
+            o = out[rows[i]]
+            o.predicted, o.nfe, o.ended = o.predicted + 1, o.nfe + calls[i], ys[i] == eot
             if not o.ended:
-                o.tokens.append(y)
-                if at + 1 < block_size:
+                o.tokens.append(ys[i])
+                if ats[i] + 1 < block_size:
                     going.append(i)
             if trace:
                 o.trace.append(traces[i])
-        if not going:
+        live = going
+        if not live:
             break
-        if len(going) < len(rows):                                            # those that ended leave the batch
+        if len(going) < len(rows) and not compile:                            # those that ended leave the batch
             keep = torch.tensor(going, device=device)
-            rows = [rows[i] for i in going]
+            rows, live = [rows[i] for i in going], range(len(going))
             token, pos, label, x_0, u = (z[keep] for z in (token, pos, label, x_0, u))
             cache = [(k[keep], v[keep]) for k, v in cache]
-        pos = pos + 1
+        pos = (pos + 1).clamp(max=length - 1)                                 # the limit is for rows that have ended
     return out
 
 
@@ -397,8 +436,8 @@ def teacher_forced(model, idx, targets, sampler, generator, label=None):
     order, -log p of the target (N,), whether it was the most probable token (N,), and path calls (N,).
     """
     at = (targets >= 0).nonzero(as_tuple=True)
-    y, path, n_labels = targets[at], model.path, model.path.config.n_labels if model.path else 0
-    label = torch.full_like(y, n_labels) if label is None else label[at[0]]
+    y, path = targets[at], model.path
+    label = torch.full_like(y, model.no_label) if label is None else label[at[0]]
     V = x_0 = None
     if sampler.steps > 1:
         V = path.token_space(model.trunk.wte.weight)

@@ -3,6 +3,7 @@ Does more compute help? Exact match and teacher-forced accuracy against steps, o
 
     python evaluate.py --out_dir=out/demo_l2d --steps=1,2,4,8,16
     python evaluate.py --out_dir=out/l2d_gsm8k --split=test --steps=1,16 --solver=midpoint
+    python evaluate.py --out_dir=out/demo_l2d --steps=1,2 --temperature=0.7 --votes=5         # majority vote of 5 samples
     python evaluate.py --out_dir=out/demo_l2d --plot --controls=out/demo_lora,out/demo_finetune   # needs matplotlib
 
 Every number of steps answers the same questions with the same noise, so they are compared pair by pair (exact
@@ -19,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from typing import Literal
@@ -44,6 +46,7 @@ class Config(Sampler):
     limit: int = 0                  # evaluate the first `limit` problems only; 0 = all
     use_label: bool = False         # give every problem its own label (the right one)
     label: int = -1                 # give every problem this label; -1 = none
+    votes: int = 1                  # answers sampled per problem; the most frequent one counts. Above 1 needs a temperature
     max_new_tokens: int = 320
     batch_size: int = 64
     seed: int = 0
@@ -60,9 +63,12 @@ class Config(Sampler):
         self.samplers()
         if self.plot and not self.exact_match:
             raise UserError("error: --plot draws exact match; leave out --exact_match=False")
-        if self.limit < 0 or self.batch_size < 1 or self.max_new_tokens < 1:
-            raise UserError(f"error: limit={self.limit}, batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}: "
-                            "limit must be at least 0, the others at least 1")
+        if self.limit < 0 or self.batch_size < 1 or self.max_new_tokens < 1 or self.votes < 1:
+            raise UserError(f"error: limit={self.limit}, batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}, "
+                            f"votes={self.votes}: limit must be at least 0, the others at least 1")
+        if self.votes > 1 and self.temperature == 0:
+            raise UserError(f"error: votes={self.votes} counts answers that were sampled, but temperature={self.temperature}; "
+                            "add a temperature such as --temperature=0.7")
 
     def samplers(self):
         """A Sampler for each number of steps."""
@@ -98,12 +104,27 @@ def flexible_answer(text):
     return number(numbers[-1]) if numbers else None
 
 
+def majority(answers):
+    """The most frequent of the answers that are not None, the first of several; None if there is none."""
+    counts = Counter(answer for answer in answers if answer is not None)
+    return max(counts, key=counts.get, default=None)                          # a Counter keeps the order of arrival
+
+
+def vote(outputs, gold):
+    """(output, strict, flexible, well-formed) of the majority of k outputs against the gold answer, all whole texts.
+
+    Strict and flexible answers are counted apart; output is the first that gives the strict majority, or else the first.
+    """
+    texts = [output.split("\nQuestion:")[0] for output in outputs]
+    strict, want = [strict_answer(text) for text in texts], strict_answer(gold)
+    chosen, flexible = majority(strict), majority(flexible_answer(text) for text in texts)
+    output = outputs[strict.index(chosen)]                                    # None is chosen where all are None: the first
+    return output, chosen is not None and chosen == want, flexible is not None and flexible == want, chosen is not None
+
+
 def score(output, gold):
     """(strict, flexible, well-formed) of an output against the gold answer, both whole texts."""
-    output, want = output.split("\nQuestion:")[0], strict_answer(gold)
-    strict = strict_answer(output)
-    flexible = flexible_answer(output)
-    return strict is not None and strict == want, flexible is not None and flexible == want, strict is not None
+    return vote([output], gold)[1:]
 
 
 def wilson(k, n, z=1.96):
@@ -116,15 +137,23 @@ def wilson(k, n, z=1.96):
 def mcnemar(a, b):
     """Paired comparison of two lists of bool: how many only b has, how many only a has, exact two-sided p."""
     gained, lost = sum(y and not x for x, y in zip(a, b)), sum(x and not y for x, y in zip(a, b))
+    return gained, lost, sign_test(gained, lost)
+
+
+def sign_test(gained, lost):
+    """Exact two-sided p of so many pairs gained and lost, if each could have fallen either way."""
     n = gained + lost
-    p = min(1.0, 2 * sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2 ** n)
-    return gained, lost, p
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2 ** n)
 
 
 # -------------------------------------------------------------------------------------------------- running
 def answers(config, sampler, model, encoding, data, n, labels, path):
-    """The scored answer of each of the first n problems, a list of dicts in order; those already in path are kept."""
-    done = {}
+    """The scored answer of each of the first n problems, a list of dicts in order; those already in path are kept.
+
+    With votes = k it is the majority of k samples, whose tokens, path calls and seconds are summed.
+    """
+    done, k = {}, config.votes
+    size = max(1, config.batch_size // k)                                     # problems in a batch, k rows each
     if os.path.exists(path):
         with open(path) as file:
             for line in file:
@@ -138,23 +167,24 @@ def answers(config, sampler, model, encoding, data, n, labels, path):
     kept = "".join(json.dumps(record) + "\n" for record in done.values())     # drops a cut line before going on
     write_file(path, lambda file: file.write(kept.encode()))
     with open(path, "a") as file:
-        for start in range(0, len(todo), config.batch_size):
-            ids, began = todo[start:start + config.batch_size], time.time()
-            fits = [i for i in ids if len(prompts[i]) <= block_size]
-            outputs = dict(zip(fits, generate(model, [prompts[i] for i in fits], encoding.eot_token, config.max_new_tokens, sampler,
-                                              [labels[i] for i in fits], config.seed, fits))) if fits else {}
-            seconds = (time.time() - began) / len(ids)
-            for i in ids:
-                o = outputs.get(i)
-                text = encoding.decode(o.tokens) if o else ""
-                strict, flexible, well_formed = score(text, data.problems[i].answer)
-                done[i] = {"id": i, "output": text, "strict": strict, "flexible": flexible, "well_formed": well_formed,
-                           "ended": bool(o and o.ended), "predicted": o.predicted if o else 0, "nfe": o.nfe if o else 0,
-                           "seconds": seconds}
+        for start in range(0, len(todo), size):
+            ids, began = todo[start:start + size], time.time()
+            rows = [(i, j) for i in ids if len(prompts[i]) <= block_size for j in range(k)]   # each draws its own randomness
+            outputs = generate(model, [prompts[i] for i, _ in rows], encoding.eot_token, config.max_new_tokens, sampler,
+                               [labels[i] for i, _ in rows], config.seed, [i * k + j for i, j in rows]) if rows else []
+            seconds, samples = (time.time() - began) / len(ids), {i: [] for i in ids}
+            for (i, _), o in zip(rows, outputs):
+                samples[i].append(o)
+            for i, drawn in samples.items():
+                texts = [encoding.decode(o.tokens) for o in drawn] or [""]
+                output, strict, flexible, well_formed = vote(texts, data.problems[i].answer)
+                done[i] = {"id": i, "output": output, "strict": strict, "flexible": flexible, "well_formed": well_formed,
+                           "ended": bool(drawn) and all(o.ended for o in drawn), "predicted": sum(o.predicted for o in drawn),
+                           "nfe": sum(o.nfe for o in drawn), "seconds": seconds}
                 file.write(json.dumps(done[i]) + "\n")
             file.flush()
             progress.update(len(ids))
-            if progress.disable and (start // config.batch_size) % 4 == 3:
+            if progress.disable and (start // size) % 4 == 3:
                 print(f"steps={sampler.steps}: {len(done)}/{n} problems", flush=True)
     progress.close()
     return [done[i] for i in range(n)]
@@ -267,8 +297,7 @@ def main(argv=None):
                         f"{checkpoint['tokenizer']['name']}; choose the data it was trained on")
     data = load_split(data_dir, config.split)
     n = min(config.limit or len(data.problems), len(data.problems))
-    n_labels = model.path.config.n_labels if model.path else 0
-    labels = data.labels.tolist() if config.use_label else [config.label if config.label >= 0 else n_labels] * len(data.problems)
+    labels = data.labels.tolist() if config.use_label else [config.label if config.label >= 0 else model.no_label] * len(data.problems)
 
     folder = os.path.join(config.out_dir, "eval")
     try:

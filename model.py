@@ -188,9 +188,12 @@ class GPT(nn.Module):
             kv.append(pair)
         return x, kv
 
-    def head(self, h):
-        """(..., C) -> logits (..., V_size)."""
-        return F.linear(self.ln_f(h), self.wte.weight)
+    def head(self, h, words=None):
+        """(..., C) -> logits (..., V_size); of h (N, C) and a list of token ids for each row, words (N, k), only theirs, (N, k)."""
+        h = self.ln_f(h)
+        if words is None:
+            return F.linear(h, self.wte.weight)
+        return (self.wte.weight[words] @ h[:, :, None])[:, :, 0]
 
     def add_lora(self, rank, alpha):
         """Freeze everything and put a LoRA on each linear map of each block."""
@@ -408,6 +411,7 @@ class L2D(nn.Module):
     def __init__(self, trunk, path=None):
         super().__init__()
         self.trunk, self.path = trunk, path
+        self.no_label = path.config.n_labels if path is not None else 0       # the label that means none
 
     def read(self, idx, at):
         """One trunk pass over idx (B, T): the Context of the positions at = (rows, cols), each (N,).
@@ -423,18 +427,18 @@ class L2D(nn.Module):
         """x_1 of token ids (...): rows of V, (..., D). W gets gradients, the trunk's embedding none."""
         return self.path.token_space(self.trunk.wte.weight.detach()[ids])
 
-    def forward(self, x_t, t, c, label, condition=None):
+    def forward(self, x_t, t, c, label, condition=None, words=None):
         """f(x_t, t, c), logits (N, V_size), by Eq. 6: the head of h = h_trunk + w_d(t) * h_path.
 
         x_t (N, D) and t (N,) float32; c a Context; label (N,) guidance labels; condition: the result of
-        path.condition(t, label), where it is already known.
+        path.condition(t, label), where it is already known; words (N, k): logits of these tokens only, (N, k).
         """
         modulations, w_d = condition if condition is not None else self.path.condition(t, label)
         start = self.trunk.wpe(c.pos)                                         # (N, C), deviation 1
         if self.path.config.token_input:                                      # deviation 2
             start = start + self.trunk.wte(c.token)
         h_path = self.path(x_t, t, start, modulations, c)
-        return self.trunk.head(c.h + w_d * h_path)
+        return self.trunk.head(c.h + w_d * h_path, words)
 
 
 def build(trunk, path_config=None, lora=None):

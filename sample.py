@@ -32,6 +32,7 @@ class Config(Sampler):
     max_new_tokens: int = 320
     seed: int = 0
     trace: bool = False             # show how each token's guess changes over the steps
+    compile: bool = False           # one CUDA graph per token: minutes to start, then faster on a GPU; nothing gained on a CPU
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda, float32 on cpu
@@ -92,13 +93,15 @@ def main(argv=None):
     check(sampler, config.label, model, checkpoint, config.out_dir)
     if config.num_samples < 1 or config.max_new_tokens < 1:
         raise UserError(f"error: num_samples={config.num_samples} and max_new_tokens={config.max_new_tokens} must be at least 1")
+    if config.compile and (config.trace or not sampler.fixed):
+        raise UserError("error: --compile needs the same evaluations for every token; leave out --trace, --stop and --solver=adaptive")
     prompt = encode_prompt(encoding, config.prompt)
     if len(prompt) > model.trunk.config.block_size:
         raise UserError(f"error: the prompt has {len(prompt)} tokens, more than the {model.trunk.config.block_size} positions of the model; shorten it")
     label = None if config.label == -1 else [config.label] * config.num_samples
     start = time.time()
     outputs = generate(model, [prompt] * config.num_samples, encoding.eot_token, config.max_new_tokens, sampler, label,
-                       config.seed, trace=config.trace)
+                       config.seed, trace=config.trace, compile=config.compile)
     seconds = time.time() - start
     for i, output in enumerate(outputs):
         print(f"--- sample {i + 1} of {config.num_samples}")

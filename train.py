@@ -260,7 +260,7 @@ def draw_noise(config, model, targets, label, generator):
     n, device = int((targets >= 0).sum()), targets.device
     t, x_0 = diffusion.draw(n, model.path.config, generator, config.stratified)
     drop = torch.rand(len(label), generator=generator, device=device) < config.label_dropout
-    label = torch.where(drop, model.path.config.n_labels, label)              # per example, not per position
+    label = torch.where(drop, model.no_label, label)              # per example, not per position
     own_guess = None
     if config.own_guess:
         own_guess = torch.rand(n, generator=generator, device=device)
@@ -281,7 +281,7 @@ def evaluate(model, data, ids, config, ranks, autocast):
     trunk_only = type(model)(model.trunk)
     for start in range(ranks.rank * 32, len(ids), ranks.world * 32):
         idx, targets, label = batch_of(data, ids[start:start + 32], ranks.device)
-        label = torch.full_like(label, model.path.config.n_labels if model.path else 0)
+        label = torch.full_like(label, model.no_label)
         _, t, x_0, _ = draw_noise(config, model, targets, label, generator_for(ranks.device, 1, config.seed, start))
         with autocast:
             trunk_loss = diffusion.nll(trunk_only, idx, targets, label)

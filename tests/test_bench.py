@@ -95,14 +95,16 @@ def test_floor_of_a_generate():
     config, counts = Config(), counts_of()
     n = config.new_tokens
     bare = counts | {"kv_bytes": 0}
-    seconds = lambda nfe, *rates: least_seconds(config, bare, 1, nfe, *rates)
+    seconds = lambda nfe, *rates: least_seconds(config, bare, 1, nfe, 0, *rates)
     assert seconds(0, 1e9, math.inf) == pytest.approx(n * counts["trunk_bytes"] / 1e9)     # bytes: the prompt costs as much as a token
     assert seconds(15, 1e9, math.inf) / seconds(0, 1e9, math.inf) == pytest.approx(counts["floor_T16"])
     flops = 2 * (64 * counts["trunk_blocks"] + counts["head"]) + (n - 1) * counts["trunk_flops"] + 3 * n * counts["path_flops"]
     assert seconds(3, math.inf, 1e9) == pytest.approx(flops / 1e9)
-    assert least_seconds(config, counts, 8, 0, math.inf, 1e9) == pytest.approx(8 * seconds(0, math.inf, 1e9))
+    assert least_seconds(config, counts, 8, 0, 0, math.inf, 1e9) == pytest.approx(8 * seconds(0, math.inf, 1e9))
+    assert counts["floor_T16_shortlist"] < 10.2                              # issue 3's estimate for GPT-2 124M: about 10
+    assert least_seconds(config, bare, 1, 15, 14, 1e9, math.inf) / seconds(0, 1e9, math.inf) == pytest.approx(counts["floor_T16_shortlist"])
     cache = 8 * counts["kv_bytes"] * (n - 1) / 1e9
-    assert least_seconds(config, counts, 8, 0, 1e9, math.inf) == pytest.approx(seconds(0, 1e9, math.inf) + cache)
+    assert least_seconds(config, counts, 8, 0, 0, 1e9, math.inf) == pytest.approx(seconds(0, 1e9, math.inf) + cache)
 
 
 # --------------------------------------------------------------------------------------------------- measured
@@ -201,6 +203,13 @@ def test_decoding_from_end_to_end(tmp_path, capsys):
     assert "euler T=4" in text and "L*(12*C*C + 13*C)" in text and "decoding, batch 2: repeat 2/2" in text and "written to" in text
 
 
+def test_decoding_with_a_shortlist_and_compiled(tmp_path):
+    rows = run_main(tmp_path, "--steps=4", "--batch=2", "--shortlist=16")["decode"]["2"]["rows"]
+    assert rows["euler T=4, shortlist 16"]["same_tokens"] and rows["euler T=4, shortlist 16"]["floor_vs_plain"] < rows["euler T=4"]["floor_vs_plain"]
+    rows = run_main(tmp_path, "--steps=2", "--batch=2", "--compile")["decode"]["2"]["rows"]
+    assert list(rows) == ["plain", "euler T=2"] and rows["euler T=2"]["same_tokens"]
+
+
 def test_training_from_end_to_end(tmp_path, capsys):
     result = run_main(tmp_path, "--train", "--decode=False", "--train_batch=2", "--train_prompt=6", "--train_answer=9")
     r = result["train"]
@@ -215,8 +224,8 @@ def test_training_from_end_to_end(tmp_path, capsys):
 
 def test_tokens_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
     real = bench.decode
-    def wrong(model, prompts, n, sampler):
-        tokens, nfe = real(model, prompts, n, sampler)
+    def wrong(model, prompts, n, sampler, compile):
+        tokens, nfe = real(model, prompts, n, sampler, compile)
         return ([row[::-1] + [0] for row in tokens] if sampler.steps == 2 else tokens), nfe
     monkeypatch.setattr(bench, "decode", wrong)
     with pytest.raises(UserError) as e:
@@ -227,12 +236,12 @@ def test_tokens_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("option, expected", [
     ("--model=gpt3", "gpt2-medium"), ("--steps=1,x", "numbers from 1 up"), ("--steps=", "numbers from 1 up"), ("--steps=0", "numbers from 1 up"),
-    ("--batch=-1", "numbers from 1 up"), ("--solvers=euler,rk4", "'rk4' is not one of euler, midpoint"), ("--solvers=", "is not one of"),
+    ("--batch=-1", "numbers from 1 up"), ("--solvers=euler,rk4", "'rk4' is not one of euler, midpoint"), ("--solvers=", "is not one of"), ("--solvers=adaptive --compile", "same evaluations"),
     ("--repeats=0", "at least 1"), ("--prompt=1020", "1052, but tiny has 1024 positions"), ("--train_answer=1000", "1060"), ("--dtype=float16", "bfloat16"),
     ("--stesp=3", "did you mean --steps?"), ("--out=/dev/null/bench.json", "cannot write"), ("--out=/tmp", "it is a directory")])
 def test_bad_options_give_one_line(option, expected):
     with pytest.raises(UserError) as e:
-        bench.main(["--model=tiny", option])
+        bench.main(["--model=tiny", *option.split()])
     message = str(e.value)
     assert message.startswith("error: ") and "\n" not in message and expected in message
 

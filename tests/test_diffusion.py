@@ -360,10 +360,14 @@ class Naive:
         V = model.trunk.wte.weight @ model.path.W.weight.T
         self.V = math.sqrt(model.path.config.x_dim) * V / V.norm(dim=1, keepdim=True)
 
-    def path_logits(self, x, t, label):
+    def path_logits(self, x, t, label, last=False):
         self.nfe += 1
         at = torch.tensor([0]), torch.tensor([len(self.ids) - 1])
-        return self.model(x[None], torch.tensor([t]), self.model.read(torch.tensor([self.ids]), at), torch.tensor([label]))[0]
+        logits = self.model(x[None], torch.tensor([t]), self.model.read(torch.tensor([self.ids]), at), torch.tensor([label]))[0]
+        if self.s.shortlist and not last:
+            likely = self.first.sort(descending=True).indices[:self.s.shortlist].tolist()
+            return torch.tensor([z if i in likely else -math.inf for i, z in enumerate(logits.tolist())])
+        return logits
 
     def pick(self, logits, u):
         p = logits.softmax(-1)
@@ -381,8 +385,9 @@ class Naive:
         if t == 0:
             self.logits = self.model.trunk.head(self.model.trunk(torch.tensor([self.ids]))[0])[0, -1]
             self.guess, self.x_1_hat = self.pick(self.logits, u)
+            self.first = self.logits
             return self.x_1_hat
-        self.logits = self.path_logits(x, t, self.label)
+        self.logits = self.path_logits(x, t, self.label, last)
         guess, x_1_hat = self.pick(self.logits, u)
         if self.s.guidance != 1 and not last:
             free = self.pick(self.path_logits(x, t, self.model.path.config.n_labels), u)[1]
@@ -470,7 +475,10 @@ SETTINGS = {
     "temperature": dict(steps=6, temperature=0.8), "sampled guesses": dict(steps=6, guess="sample", temperature=1.0, top_k=7),
     "sampled adaptive": dict(steps=9, solver="adaptive", guess="sample", tol=0.5), "mean": dict(steps=6, solver="heun", guess="mean"),
     "guidance": dict(steps=6, guidance=2.5), "guidance stop": dict(steps=6, guidance=2.5, stop=0.3, solver="midpoint"),
-    "guidance adaptive": dict(steps=6, guidance=1.5, solver="adaptive")}
+    "guidance adaptive": dict(steps=6, guidance=1.5, solver="adaptive"),
+    "shortlist": dict(steps=6, shortlist=3, temperature=1.0), "shortlist of all": dict(steps=8, shortlist=99),
+    "shortlist guidance": dict(steps=6, shortlist=2, guidance=2.5, guess="mean", solver="midpoint"),
+    "shortlist sampled": dict(steps=5, shortlist=4, guess="sample")}
 LABELS = [0, 1, 2, 3, 1]
 
 
@@ -487,6 +495,31 @@ def test_generate_is_the_naive_algorithm_1(model, setting):
         per_token = sampler.steps - 1 - (setting == "heun to 1")
         per_token = 2 * per_token - 1 if sampler.guidance != 1 else per_token
         assert all(o.nfe == per_token * o.predicted for o in outputs)
+
+
+def test_a_shortlist_of_all_changes_nothing(model):
+    assert generate(model, PROMPTS, EOT, 6, Sampler(**SETTINGS["shortlist of all"]), LABELS) == generate(model, PROMPTS, EOT, 6, Sampler(steps=8), LABELS)
+    wrong = dict(steps=4, shortlist=3)
+    for extra in (dict(stop=0.5), dict(solver="adaptive"), dict(shortlist=-1)):
+        with pytest.raises(UserError, match="shortlist="):
+            Sampler(**(wrong | extra))
+
+
+@pytest.mark.parametrize("setting", ["trunk", "trunk sampled", "euler", "midpoint odd", "heun to 1", "sampled guesses", "mean", "guidance", "shortlist"])
+def test_a_compiled_step_writes_the_same(model, monkeypatch, setting):
+    """Rows end at different times and one is cut by block_size; one graph serves all tokens. (tests/test_bench.py has inductor.)"""
+    torch._dynamo.reset()
+    real, graphs = torch.compile, []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: real(f, backend=backend, **options))
+    prompts, n, sampler = [*PROMPTS, [2] * 20], 9, Sampler(**SETTINGS[setting])
+    run = lambda compile: generate(model, prompts, EOT, n, sampler, [*LABELS, 0], compile=compile)
+    outputs = run(True)
+    assert outputs == run(False) and len(graphs) == 1 and len(outputs[-1].tokens) <= 5
+    assert run(True) == outputs and len(graphs) == 1                          # nor does a second call compile again
+    assert len({len(o.tokens) for o in outputs}) > 1
 
 
 def test_guesses_change(model):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import evaluate
 import sample
 from configurator import UserError
-from evaluate import flexible_answer, mcnemar, score, strict_answer, wilson
+from evaluate import flexible_answer, majority, mcnemar, score, sign_test, strict_answer, vote, wilson
 from model import load_checkpoint
 from prepare_data import load_split
 from test_train import arithmetic, child, encoding, l2d, trunk, wild  # noqa: F401  (fixtures)
@@ -68,6 +68,34 @@ ROOT = Path(__file__).resolve().parent.parent
 ])
 def test_score(output, gold, strict, flexible, well_formed):
     assert score(output, " some steps\n" + gold) == (strict, flexible, well_formed)
+
+
+@pytest.mark.parametrize("answers, chosen", [
+    ([], None), ([None], None), ([None, None], None), ([7], 7), ([None, 7], 7), ([None, None, 7], 7), ([7, None, None, None], 7),
+    ([1, 2, 2], 2), ([2, 1, 2], 2), ([1, 2], 1), ([2, 1], 2), ([3, 1, 1, 2, 2], 1), ([3, 2, 1, 1, 2], 2), ([None, 0, 5, 0], 0),
+    ([0, 5], 0), ([1, None, 2, None, 2], 2),
+])
+def test_majority(answers, chosen):
+    """The most frequent number; of equally frequent ones the first; nothing is no answer, zero is one."""
+    assert majority(answers) == chosen and majority(iter(answers)) == chosen
+
+
+@pytest.mark.parametrize("outputs, chosen, strict, flexible, well_formed", [
+    (["a #### 7", "b #### 18", "c #### 18"], 1, True, True, True),                    # its first sample is the text
+    (["a #### 18", "b #### 7"], 0, True, True, True),                                 # a tie: the first
+    (["a #### 7", "b #### 18"], 0, False, False, True),
+    (["none", "b #### 18", "none"], 1, True, True, True),
+    (["none", "nothing"], 0, False, False, False),
+    (["", ""], 0, False, False, False),
+    (["18", "so 18", "#### 7"], 2, False, True, True),                                # strict and flexible vote apart
+    (["18", "#### 7", "#### 7"], 1, False, False, True),
+    (["7", "7", "#### 18"], 2, True, False, True),
+    (["a #### 1,234", "b #### 18", "c #### 18.00"], 1, True, True, True),             # numbers are compared, not how they are written
+    (["a #### 7\nQuestion: #### 18", "b #### 18", "c #### 7"], 0, False, False, True),
+    (["7\nQuestion: 9+9?\n#### 18", "#### 18"], 1, True, False, True),                # flexible: 7 and 18, the first counts
+])
+def test_vote(outputs, chosen, strict, flexible, well_formed):
+    assert vote(outputs, " some steps\n#### 18") == (outputs[chosen], strict, flexible, well_formed)
 
 
 def test_a_gold_answer_without_a_number_is_never_met():
@@ -137,7 +165,7 @@ def test_mcnemar_by_enumeration():
             want = sum(abs(2 * f - n) >= abs(gained - lost) for f in falls) / len(falls)
             a = [False] * gained + [True] * lost + [True, False] * 5
             b = [True] * gained + [False] * lost + [True, False] * 5
-            assert mcnemar(a, b) == (gained, lost, pytest.approx(want))
+            assert mcnemar(a, b) == (gained, lost, pytest.approx(want)) and sign_test(gained, lost) == pytest.approx(want)
     assert mcnemar([True] * 10 + [False] * 2, [False] * 9 + [True] * 3)[2] == pytest.approx(2 * (1 + 11 + 55) / 2 ** 11)
     assert mcnemar([False] * 1319, [True] * 1319)[2] < 1e-300
 
@@ -242,6 +270,65 @@ def test_goes_on_after_a_kill(cut, run, out_dir):
     assert untimed(records(out_dir, 2)) == untimed(before) and len(path.read_text().splitlines()) == 20
 
 
+@pytest.mark.parametrize("votes", [1, 3, 9])
+def test_votes(votes, run, out_dir, arithmetic, encoding, monkeypatch):
+    """The records are those of samples generated one by one and voted on by hand; a run cut short goes on to the same ones."""
+    sizes, generate, problems = [], evaluate.generate, load_split(arithmetic, "val").problems[:12]
+    monkeypatch.setattr(evaluate, "generate", lambda *args: (sizes.append(len(args[1])), generate(*args))[1])
+    options = ["--steps=3", "--limit=12", "--temperature=0.4", f"--votes={votes}"]
+    results, _ = run(*options)
+    assert run.generated == 12 * votes and set(sizes) == {1: {8, 4}, 3: {6}, 9: {9}}[votes]      # rows of a batch of 8
+    found = records(out_dir, 3)
+    model, _, _ = sample.load(str(out_dir), "best")
+    for i, problem in enumerate(problems):
+        prompt = encoding.encode_ordinary(f"Question: {problem.question}\nAnswer:")
+        alone = [generate(model, [prompt], encoding.eot_token, 12, evaluate.Sampler(steps=3, temperature=0.4), None, 0, [i * votes + j])[0]
+                 for j in range(votes)]
+        texts, gold = [encoding.decode(o.tokens) for o in alone], strict_answer(problem.answer)
+        tally = lambda given: max((x for x in given if x is not None), key=given.count, default=None)
+        strict, flexible = tally([strict_answer(text) for text in texts]), tally([flexible_answer(text) for text in texts])
+        assert found[i].pop("seconds") > 0 and found[i] == {
+            "id": i, "output": next((text for text in texts if strict_answer(text) == strict), texts[0]), "strict": strict == gold,
+            "flexible": flexible == gold, "well_formed": strict is not None, "ended": all(o.ended for o in alone),
+            "predicted": sum(o.predicted for o in alone), "nfe": sum(o.nfe for o in alone)}
+        assert votes == 1 or len(set(texts)) > 1
+    row = results["rows"][0]
+    assert row["tokens"] == pytest.approx(sum(r["predicted"] for r in found.values()) / 12) and row["nfe"] == 2
+
+    (path,) = (out_dir / "eval").glob("*.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    again, _ = run(*options)
+    assert run.generated == 7 * votes and timeless(again) == timeless(results)
+    assert {i: r | {"seconds": 0} for i, r in records(out_dir, 3).items()} == {i: r | {"seconds": 0} for i, r in found.items()}
+
+
+def test_votes_count(run, arithmetic, monkeypatch, encoding):
+    """Three samples of each problem, their answers given: what is right is what most of them say."""
+    from diffusion import Generated
+    problems, asked = load_split(arithmetic, "val").problems, []
+    said = {0: "RRW", 1: "RWW", 2: "WRR", 3: "RWX", 4: "WRX", 5: "XXR", 6: "XXX"}     # right, wrong (always the same number), nothing
+    text = lambda i, letter: {"R": problems[i].answer, "W": "#### 100000", "X": "no idea"}[letter]
+    def generate(model, prompts, eot, n, sampler, label, seed, ids):
+        asked.extend(ids)
+        return [Generated(encoding.encode_ordinary(text(i // 3, said[i // 3][i % 3])), i != 1, 10, 4) for i in ids]
+    monkeypatch.setattr(evaluate, "generate", generate)
+    results, printed = run("--steps=2", "--limit=7", "--temperature=1", "--votes=3")
+    (row,) = results["rows"]
+    assert sorted(asked) == list(range(21))
+    assert row["strict"] == row["flexible"] == 4 / 7 and row["well_formed"] == 6 / 7         # 0, 2, 3, 5
+    assert row["tokens"] == 30 and row["nfe"] == 0.4 and row["cut"] == 1 / 7 and "30.0" in printed
+
+
+@pytest.mark.parametrize("options, part", [(["--votes=0"], "votes=0"), (["--votes=-2", "--temperature=1"], "votes=-2"),
+                                           (["--votes=2"], "--temperature")])
+def test_votes_that_cannot_be(options, part, run):
+    """k greedy answers are one answer k times."""
+    with pytest.raises(UserError, match=part) as error:
+        run("--steps=1", "--limit=2", *options)
+    assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+
+
 KILL = """
 import os, signal, sys, evaluate
 generate, calls = evaluate.generate, []
@@ -273,6 +360,8 @@ def test_answers_are_not_mixed_up(run, out_dir):
     for change in ("--seed=1", "--temperature=1", "--t_end=0.9", "--solver=adaptive", "--label=1", "--use_label", "--max_new_tokens=9"):
         run("--steps=2", "--limit=4", change)
         assert run.generated == 4, change
+    run("--steps=2", "--limit=4", "--temperature=1", "--votes=2")
+    assert run.generated == 8
     checkpoint = load_checkpoint(out_dir / "best.pt")
     torch.save(checkpoint | {"step": 1}, out_dir / "best.pt")
     run("--steps=2", "--limit=4")
