@@ -190,18 +190,28 @@ def answers(config, sampler, model, encoding, data, n, labels, path):
     return [done[i] for i in range(n)]
 
 
-def teacher_forced_numbers(config, sampler, model, data, n, labels):
-    """Mean token accuracy and -log p of the true answers, every target given its true context."""
-    device, correct, loss, count = model.trunk.wte.weight.device, 0.0, 0.0, 0
+KINDS = ["result", "number", "rest"]    # of a target: what follows an "=", another number, all else
+
+
+def teacher_forced_numbers(config, sampler, model, encoding, data, n, labels):
+    """Mean token accuracy and -log p of the true answers, every target given its true context; accuracy and path calls by kind."""
+    device = model.trunk.wte.weight.device
+    texts = [encoding.decode([i]) for i in range(encoding.n_vocab)]
+    equals, digits = (torch.tensor(z, device=device) for z in ([t.endswith("=") for t in texts], [t.strip().isdecimal() for t in texts]))
+    sums = torch.zeros(4, len(KINDS), dtype=torch.float64, device=device)     # targets, right ones, -log p, path calls; by kind
     fits = [i for i in range(n) if data.offsets[i + 1] - data.offsets[i] - 1 <= model.trunk.config.block_size]
     for start in range(0, len(fits), config.batch_size):
         ids = fits[start:start + config.batch_size]
         idx, targets, _ = batch_of(data, ids, device)
         generator = torch.Generator(device).manual_seed((config.seed * 1_000_003 + start) % 2 ** 63)
         label = torch.tensor([labels[i] for i in ids], device=device)
-        nll, hit, _ = teacher_forced(model, idx, targets, sampler, generator, label)
-        correct, loss, count = correct + hit.sum().item(), loss + nll.sum().item(), count + len(nll)
-    return {"token_accuracy": correct / max(count, 1), "nll": loss / max(count, 1), "teacher_forced_n": len(fits)}
+        nll, hit, nfe = teacher_forced(model, idx, targets, sampler, generator, label)
+        at = targets >= 0
+        kind = torch.where(equals[idx[at]], 0, torch.where(digits[targets[at]], 1, 2))
+        sums.index_add_(1, kind, torch.stack([torch.ones_like(nll), hit, nll, nfe]).double())
+    count, right, loss, _ = sums.sum(1).tolist()
+    by_kind = {name: {"n": int(m), "accuracy": r / max(m, 1), "nfe": calls / max(m, 1)} for name, m, r, calls in zip(KINDS, *sums[[0, 1, 3]].tolist())}
+    return {"token_accuracy": right / max(count, 1), "nll": loss / max(count, 1), "teacher_forced_n": len(fits), "by_kind": by_kind}
 
 
 def summary(records, before, first):
@@ -220,7 +230,8 @@ def summary(records, before, first):
 
 def show(rows):
     """The table as text."""
-    lines = ["steps    NFE  exact match [95%]        vs first          vs previous       flexible  well-formed  cut    tokens  token acc.  NLL"]
+    lines = ["steps    NFE  exact match [95%]        vs first          vs previous       flexible  well-formed  cut    tokens  token acc.  NLL     "
+             "right (NFE) after =, other numbers, the rest"]
     def versus(v):
         return f"+{v[0]} -{v[1]} p={v[2]:.3g}" if v else ""
     for row in rows:
@@ -230,7 +241,8 @@ def show(rows):
             left += (f"{row['nfe']:5.2f}  {row['strict']:.3f} [{low:.3f}, {high:.3f}]  {versus(row.get('vs_first')):<17} "
                      f"{versus(row.get('vs_previous')):<17} {row['flexible']:.3f}     {row['well_formed']:.3f}        "
                      f"{row['cut']:.3f}  {row['tokens']:5.1f}   ")
-        lines.append(left + f"{row['token_accuracy']:.4f}      {row['nll']:.4f}")
+        kinds = "  ".join(f"{kind['accuracy']:.4f} ({kind['nfe']:.2f})" for kind in row["by_kind"].values())
+        lines.append(left + f"{row['token_accuracy']:.4f}      {row['nll']:.4f}  {kinds}")
     return "\n".join(lines)
 
 
@@ -310,7 +322,7 @@ def main(argv=None):
 
     rows, first, before = [], None, None
     for sampler in samplers:
-        row = {"steps": sampler.steps, "solver": sampler.solver} | teacher_forced_numbers(config, sampler, model, data, n, labels)
+        row = {"steps": sampler.steps, "solver": sampler.solver} | teacher_forced_numbers(config, sampler, model, encoding, data, n, labels)
         if config.exact_match:
             path = os.path.join(folder, f"{config.split}_{key}_steps{sampler.steps}.jsonl")
             records = answers(config, sampler, model, encoding, data, n, labels, path)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import evaluate
 from configurator import UserError, configure
-from evaluate import mcnemar, sign_test, wilson
+from evaluate import KINDS, mcnemar, sign_test, wilson
 from prepare_data import write_file
 
 DEFAULTS = {f.name: f.default for f in fields(evaluate.Config)}
@@ -104,6 +104,7 @@ def summarize(seeds):
     for steps, by_seed in sorted(found.items()):
         row = {"steps": steps, "seeds": list(by_seed)}
         row |= {k: over_seeds([r[k] for r in by_seed.values()]) for k in NUMBERS if all(k in r for r in by_seed.values())}
+        row["by_kind"] = {kind: {k: over_seeds([r["by_kind"][kind][k] for r in by_seed.values()]) for k in ("accuracy", "nfe")} for kind in KINDS}
         for name, other in (("vs_one", 1), ("vs_second", min((s for s in found if s > 1), default=steps))):
             if other in found and steps > other and (pairs := paired(seeds, steps, other)):
                 row[name] = pairs
@@ -127,8 +128,8 @@ def table(name, group):
     second = min((row["steps"] for row in group["rows"] if row["steps"] > 1), default=2)
     seeds = [run["seed"] for run in group["runs"]]
     lines = [f"**{name}**: {group['n']} problems, training seeds {', '.join(map(str, seeds))}\n",
-             f"| T | NFE | exact match | each seed | gained / lost, p vs T = 1 | vs T = {second} | token acc. | NLL | time / T = 1 |",
-             "|" + "---|" * 9]
+             f"| T | NFE | exact match | each seed | gained / lost, p vs T = 1 | vs T = {second} | token acc. | after = (NFE) | NLL | time / T = 1 |",
+             "|" + "---|" * 10]
     versus = lambda v: f"{v['gained']} / {v['lost']}, {v['p']:.2g}" if v else ""
     mean = lambda v, form: f"{v['mean']:{form}}" + (f" ± {v['sd']:{form}}" if v["sd"] is not None else "")
     for row in group["rows"]:
@@ -139,7 +140,8 @@ def table(name, group):
                 cells[1] += " [{:.3f}, {:.3f}]".format(*spread(row, group["n"]))
         if row["seeds"] != seeds:
             cells[2] += f" (seeds {', '.join(map(str, row['seeds']))})"
-        cells += [versus(row.get("vs_one")), versus(row.get("vs_second")), mean(row["token_accuracy"], ".4f"), mean(row["nll"], ".4f"),
+        kind = "{:.3f} ({:.2f})".format(*(row["by_kind"]["result"][k]["mean"] for k in ("accuracy", "nfe")))
+        cells += [versus(row.get("vs_one")), versus(row.get("vs_second")), mean(row["token_accuracy"], ".4f"), kind, mean(row["nll"], ".4f"),
                   f"{row['relative_time']:.2f}" if "relative_time" in row else ""]
         lines.append(f"| {row['steps']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

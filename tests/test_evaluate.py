@@ -409,6 +409,13 @@ def test_teacher_forced_at_one_step_is_the_trunk(run, l2d, arithmetic, tmp_path)
     one, three = results["rows"]
     assert one["token_accuracy"] == pytest.approx(accuracy, abs=1e-9) and one["nll"] == pytest.approx(nll, rel=1e-5)
     assert abs(three["nll"] - nll) > 0.01                         # the path has its say
+    answers = [p.answer for p in load_split(arithmetic, "val").problems[:11]]
+    kinds = one["by_kind"]                                        # a number is one token, with the space or sign before it apart
+    assert kinds["result"]["n"] == sum(answer.count(">>") for answer in answers)
+    assert kinds["number"]["n"] == sum(len(re.findall(r"[0-9]+", answer)) for answer in answers) - kinds["result"]["n"]
+    n = sum(kind["n"] for kind in kinds.values())
+    assert sum(kind["n"] * kind["accuracy"] for kind in kinds.values()) / n == pytest.approx(accuracy)
+    assert all(kind["nfe"] == 0 for kind in kinds.values()) and all(kind["nfe"] == 2 for kind in three["by_kind"].values())
 
 
 def shorten(out_dir, n):

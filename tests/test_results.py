@@ -21,7 +21,8 @@ def tree(tmp_path, monkeypatch):
         rows = []
         for T, strict in right.items():
             n = len(strict)
-            rows.append({"steps": T, "solver": "euler", "token_accuracy": 0.5, "nll": nll, "teacher_forced_n": n, "n": n, "strict": sum(strict) / n,
+            rows.append({"steps": T, "solver": "euler", "token_accuracy": 0.5, "nll": nll, "teacher_forced_n": n, "n": n,
+                         "by_kind": {kind: {"n": 1, "accuracy": 0.25, "nfe": T - 1} for kind in evaluate.KINDS}, "strict": sum(strict) / n,
                          "interval": wilson(sum(strict), n), "flexible": 1.0, "well_formed": 0.75, "cut": 0.25, "tokens": 9, "nfe": T - 1,
                          "seconds": seconds * T})
             if answers:                                            # in another order than the problems', as evaluate.py writes them
@@ -75,10 +76,10 @@ def test_means_and_pooled_pairs(tree, capsys):
     # T = 8 against 2: seed 0 gains 0 6 7; seed 1 gains 6, loses 0; seed 12 gains 1 8 9: 7 to 1
     assert eight["vs_second"] == {"steps": 2, "gained": 7, "lost": 1, "p": pytest.approx(2 * 9 / 2 ** 8), "each": [[3, 0], [1, 1], [3, 0]]}
     printed = capsys.readouterr().out
-    assert "| 2 | 1.00 | 0.600 ± 0.100 | 0.500, 0.600, 0.700 | 11 / 2, 0.022 |  | 0.5000 ± 0.0000 | 2.5000 ± 1.8028 | 2.00 |" in printed
+    assert "| 2 | 1.00 | 0.600 ± 0.100 | 0.500, 0.600, 0.700 | 11 / 2, 0.022 |  | 0.5000 ± 0.0000 | 0.250 (1.00) | 2.5000 ± 1.8028 | 2.00 |" in printed
     assert "| 8 | 7.00 | 0.800 ± 0.200 | 0.800, 0.600, 1.000 | 16 / 1, 0.00027 | 7 / 1, 0.07 |" in printed and "vs T = 2 |" in printed
     rows = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len(rows) == 5 and {row.count("|") for row in rows} == {10}
+    assert len(rows) == 5 and {row.count("|") for row in rows} == {11}
 
 
 def test_groups(tree):
@@ -130,11 +131,11 @@ def test_teacher_forced_only(tree, capsys):
     """--exact_match=False: a group of its own, with the numbers that it has."""
     folder = tree("a", {1: [0, 1], 2: [1, 1]}, answers=False, exact_match=False)
     run = json.loads((folder / "test_0123abcd.json").read_text())
-    run["rows"] = [{k: row[k] for k in ("steps", "solver", "token_accuracy", "nll", "teacher_forced_n")} for row in run["rows"]]
+    run["rows"] = [{k: row[k] for k in ("steps", "solver", "token_accuracy", "nll", "teacher_forced_n", "by_kind")} for row in run["rows"]]
     (folder / "test_0123abcd.json").write_text(json.dumps(run))
     (name, group), = read().items()
     assert name == "a:exact_match=False" and group["n"] == 2 and not {"strict", "vs_one", "relative_time"} & group["rows"][1].keys()
-    assert "| 2 |  |  |  |  |  | 0.5000 | 1.0000 |  |" in capsys.readouterr().out
+    assert "| 2 |  |  |  |  |  | 0.5000 | 0.250 (1.00) | 1.0000 |  |" in capsys.readouterr().out
 
 
 def says(parts, *args):
