@@ -234,7 +234,7 @@ def attention_of(f):
 def make_model(config, trunk_mode, path_mode):
     """The pair with random weights, and what train.py freezes frozen."""
     torch.manual_seed(config.seed)
-    trunk, path = GPT(SIZES[config.model]).requires_grad_(trunk_mode == "full"), PathConfig(mode=path_mode)
+    trunk, path = GPT(SIZES[config.model]).requires_grad_(trunk_mode == "full"), PathConfig(mode=path_mode, w_init=0.0)
     return build(trunk, path if path_mode != "none" else None, (path.rank, path.alpha) if trunk_mode == "lora" else None)
 
 

@@ -260,6 +260,7 @@ class PathConfig:
     time_scale: float = 1000.0      # t is multiplied by this before its sinusoidal features (official code: 1)
     gate_init: float = 1.0          # deviation 2: residual gates of the path at the start (official code: 0)
     token_input: bool = True        # deviation 2: add the context's last token to the path's input (paper: x_t alone)
+    w_init: float = 1.0             # deviation 2: w_d starts near this at every t > 0 (official code: 0)
     n_labels: int = 0               # labels for guidance; index n_labels means "no label"
     rank: int = 32                  # of the LoRA, mode lora
     alpha: float = 32.0
@@ -344,9 +345,9 @@ def attend_at(q, k, v, at, mask):
 class DiffusionPath(nn.Module):
     """The path of L2D: as many blocks as the trunk, initialised from it (see PathBlock).
 
-    trunk: a GPT, read for the initial weights. Zero at the start: w_d, the shifts and scales, and what x_t adds to
-    the input. So a fresh path computes the trunk's own states (deviation 2; with token_input=False, gate_init=0 it is
-    the paper's), and the first step trains only the head of w_d, the next ones everything.
+    trunk: a GPT, read for the initial weights. Zero at the start: the shifts and scales, and what x_t adds to the
+    input. So a fresh path computes the trunk's own states, added to the trunk's they keep their direction, and the pair
+    predicts what the trunk does at every t (deviation 2; with token_input=False, gate_init=0, w_init=0 it starts as in the paper).
     """
     def __init__(self, trunk, config):
         super().__init__()
@@ -359,20 +360,33 @@ class DiffusionPath(nn.Module):
         nn.init.normal_(self.label.weight, std=0.02)
         self.h = nn.ModuleList(PathBlock(block, config) for block in trunk.h)
         self.w = two_layers(E, E, C, zero=True, bias=False)                   # w(t) of Eq. 6; a bias would cancel in w_d
+        self.init_w_d()
+
+    @torch.no_grad()
+    def init_w_d(self):
+        """w_d(t) near w_init on all of (0, 1]: the least-squares fit of 1 by the differences w's last layer has to work with.
+
+        From 0 it would take either sign by chance, and where it turns negative the path unlearns the trunk first.
+        """
+        hidden = self.w[:2](self.time_embedding(torch.linspace(0, 1, 1001), torch.tensor(self.config.n_labels)))   # (1001, E)
+        fit = torch.linalg.pinv(hidden[1:] - hidden[0], rtol=0.01).sum(1)     # (E,)
+        self.w[2].weight.copy_(self.config.w_init * fit)                      # the same in all C channels
 
     def token_space(self, e):
         """Eq. 5: V_y = sqrt(D) W e_y / |W e_y|, float32. e (..., C) token embeddings -> (..., D)."""
         with torch.autocast(e.device.type, enabled=False):
             return math.sqrt(self.config.x_dim) * F.normalize(self.W(e.to(self.W.weight.dtype)).float(), dim=-1)
 
+    def time_embedding(self, t, label):
+        """t (N,) and label (N,) -> (N, E)."""
+        features = time_features(t, self.config.t_dim, self.config.time_scale)
+        return self.t_in(features.to(self.W.weight.dtype)) + self.label(label)
+
     def condition(self, t, label):
         """What depends on t (N,) and label (N,) alone: the modulations, L times (N, 6C), and w_d (N, C)."""
-        def time_embedding(t):
-            features = time_features(t, self.config.t_dim, self.config.time_scale)
-            return self.t_in(features.to(self.W.weight.dtype)) + self.label(label)
-        emb = time_embedding(t)                                               # (N, E)
+        emb = self.time_embedding(t, label)                                   # (N, E)
         # w(0) is computed in the same shape as w(t): another shape may round differently, and w_d(0) must be 0
-        w_d = self.w(emb) - self.w(time_embedding(torch.zeros_like(t)))       # Eq. 6
+        w_d = self.w(emb) - self.w(self.time_embedding(torch.zeros_like(t), label))   # Eq. 6
         return [block.modulation(emb) for block in self.h], w_d
 
     def forward(self, x_t, t, start, modulations, c):

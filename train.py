@@ -61,6 +61,7 @@ class Config:
     time_scale: float = 1000.0      # factor on t before its sinusoidal features; the official code has 1
     gate_init: float = 1.0          # residual gates of the path at the start; the official code has 0
     token_input: bool = True        # the path's input holds the context's last token too; the paper has x_t alone
+    w_init: float = 1.0             # weight w_d of the path at the start, at every t > 0; the official code has 0
     stratified: bool = True         # draw t from equal bins over the micro-batch
     own_guess: float = 0.0          # share of positions whose x_t is built from the model's own guess
     label_dropout: float = 0.2      # share of examples trained without their guidance label
@@ -222,7 +223,7 @@ def make_model(config, manifest):
     if config.path_mode == "none":
         return build(trunk, None, lora)
     path_config = PathConfig(config.path_mode, config.x_dim, config.t_dim, config.sigma, config.input_scale, config.time_scale,
-                             config.gate_init, config.token_input, manifest["n_labels"], config.lora_rank, config.lora_alpha)
+                             config.gate_init, config.token_input, config.w_init, manifest["n_labels"], config.lora_rank, config.lora_alpha)
     return build(trunk, path_config, lora)
 
 

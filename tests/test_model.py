@@ -467,13 +467,30 @@ def test_logits_at_t_0_are_the_trunks_bit_for_bit(mode, dtype, scale):
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @torch.no_grad()
 def test_a_fresh_path_computes_the_trunks_own_states(mode):
-    """What the initialisation is for: before any training h_path is h_trunk, whatever x_t and t are, and w_d is 0."""
+    """What the initialisation is for: before any training h_path is h_trunk, whatever x_t and t are, and w_d 1 or 0: no change."""
     model, idx, at = pair(mode, random_path=False), tokens(2, 9), everywhere(2, 9)
     c, (x_t, t, label) = model.read(idx, at), noisy(18)
     modulations, w_d = model.path.condition(t, label)
     h_path = model.path(x_t, t, model.trunk.wpe(at[1]) + model.trunk.wte(idx[at]), modulations, c)
     torch.testing.assert_close(h_path, c.h, atol=1e-5, rtol=1e-5)
-    assert not w_d.any() and torch.equal(model(x_t, t, c, label), model.trunk.head(c.h))
+    assert (w_d > 0).all()
+    torch.testing.assert_close(model(x_t, t, c, label), model.trunk.head(c.h), atol=1e-4, rtol=1e-4)
+    model = pair(mode, random_path=False, w_init=0.0)
+    assert not model.path.condition(t, label)[1].any() and torch.equal(model(x_t, t, model.read(idx, at), label), model.trunk.head(c.h))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("t_dim, time_scale", [(64, 1000.0), (256, 1000.0), (256, 1.0)])
+@torch.no_grad()
+def test_w_d_starts_near_w_init(t_dim, time_scale, seed):
+    torch.manual_seed(seed)
+    path = DiffusionPath(GPT(TINY), PathConfig(t_dim=t_dim, time_scale=time_scale, w_init=2.0))
+    t = torch.rand(2000).sort().values
+    w_d = path.condition(t, torch.zeros(2000, dtype=torch.long))[1]
+    late = w_d[t > (0.02 if time_scale > 1 else 0.2)]                         # raw t: it cannot rise that fast
+    assert torch.equal(w_d, w_d[:, :1].expand(2000, 24)) and (late > 0.5).all()               # of one sign: what matters
+    assert late.mean() == pytest.approx(2, abs=0.2) and late.std() < 0.5
+    assert not path.condition(torch.zeros(5), torch.zeros(5, dtype=torch.long))[1].any()
 
 
 @pytest.mark.parametrize("token_input", [True, False])
@@ -673,13 +690,18 @@ def step_losses(model, parameters, steps, lr=0.01):
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("w_init", [0.0, 1.0])
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_every_path_parameter_wakes_up_and_the_trunk_never_moves(mode):
-    model = pair(mode, random_path=False)
+def test_every_path_parameter_wakes_up_and_the_trunk_never_moves(mode, w_init):
+    model = pair(mode, random_path=False, w_init=w_init)
     before = copy.deepcopy(model.trunk.state_dict())
     start = copy.deepcopy(model.path.state_dict())
     seen = list(step_losses(model, model.path.parameters(), 8))
-    assert seen[0] == {"path.w.2.weight"}                                    # DESIGN section 2: only the head of w_d
+    first = {"path.w.2.weight"}
+    if w_init == 0:                                                          # DESIGN section 2: only the head of w_d
+        assert seen[0] == first
+    else:
+        assert first < seen[0] and any("modulation" in n for n in seen[0]) and any("mlp" in n for n in seen[0])
     dead = {"path.w.2.bias"}                                                 # which cancels in w(t) - w(0), if it has one
     names = {"path." + n for n, _ in model.path.named_parameters()}
     never = names - set().union(*seen)

@@ -143,7 +143,7 @@ def test_mode(trunk_mode, path_mode, options, trunk, capsys):
     shutil.rmtree(options["out_dir"])
     train.main(argv(**options, trunk_mode=trunk_mode, path_mode=path_mode))
     first, last = evaluations(options["out_dir"])
-    assert first["val_loss"] == first["trunk_loss"]               # w_d is 0 at the start: the pair is the trunk
+    assert first["val_loss"] == pytest.approx(first["trunk_loss"], rel=1e-4)   # a fresh path keeps the direction of the trunk's states
     assert last["val_loss"] < first["val_loss"] - 0.1
     assert (last["trunk_loss"] == first["trunk_loss"]) == (trunk_mode == "frozen")
 
@@ -167,9 +167,10 @@ def test_mode(trunk_mode, path_mode, options, trunk, capsys):
 
 def test_every_option_of_the_diffusion(options):
     """The values that are not the defaults reach the path and train."""
-    train.main(argv(**options, own_guess=0.5, input_scale="unit", time_scale=1, gate_init=0.5, token_input=False, stratified=False, lora_alpha=8, path_mode="lora"))
+    train.main(argv(**options, own_guess=0.5, input_scale="unit", time_scale=1, gate_init=0.5, token_input=False, w_init=0.5, stratified=False, lora_alpha=8,
+                    path_mode="lora"))
     path = load_checkpoint(options["out_dir"] / "best.pt")["path_config"]
-    assert path == dict(mode="lora", x_dim=16, t_dim=32, sigma=4.0, input_scale="unit", time_scale=1.0, gate_init=0.5, token_input=False,
+    assert path == dict(mode="lora", x_dim=16, t_dim=32, sigma=4.0, input_scale="unit", time_scale=1.0, gate_init=0.5, token_input=False, w_init=0.5,
                         n_labels=4, rank=4, alpha=8.0)
     first, last = evaluations(options["out_dir"])
     assert last["val_loss"] < first["val_loss"] - 0.1
@@ -420,7 +421,7 @@ def test_resume_keeps_the_loss_scale(options, tmp_path):
     train.main(argv(**shared))
     run = train.Run(config(**shared, resume=True))
     scaler = load_checkpoint(tmp_path / "out/last.pt")["scaler"]
-    assert scaler and run.scaler.state_dict() == scaler and scaler["_growth_tracker"] == 4
+    assert run.scaler.state_dict() == scaler != torch.amp.GradScaler("cpu").state_dict()
 
 
 def files(folder):
@@ -526,6 +527,7 @@ def test_half_precision(dtype, options, monkeypatch):
         model.path.W.register_forward_hook(lambda m, x, y: seen.add(("x_1", y.dtype)))
         return model
     monkeypatch.setattr(train, "make_model", hooked)
+    options |= dict(learning_rate=1e-3, warmup=0)                 # at a high rate the first steps amplify any rounding
     train.main(argv(**options, dtype=dtype))
     assert seen == {getattr(torch, dtype), ("x_1", torch.float32)}
     first, last = evaluations(options["out_dir"])
