@@ -1,6 +1,7 @@
 """README's claims about the code: lines, files, options and commands must exist."""
 import re
 import shlex
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 import evaluate
 import prepare_data
+import results
 import sample
 import train
 from configurator import configure
@@ -15,7 +17,7 @@ from configurator import configure
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
-CONFIGS = {"train.py": train.Config, "sample.py": sample.Config, "evaluate.py": evaluate.Config}
+CONFIGS = {"train.py": train.Config, "sample.py": sample.Config, "evaluate.py": evaluate.Config, "results.py": results.Config}
 
 
 def test_every_line_reference_points_at_what_it_names():
@@ -44,6 +46,20 @@ def test_every_command_parses(command):
         assert stop.value.code == 0
     else:
         configure(CONFIGS[words[i]], options)
+
+
+def test_every_experiment_parses():
+    """The commands behind docs/RESULTS.md, and no evaluation of a run before its training."""
+    listed = subprocess.run(["bash", ROOT / "docs/experiments.sh", "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(listed) > 100 and len(set(listed)) == len(listed)
+    trained = set()
+    for command in listed:
+        test_every_command_parses(command)
+        words = dict(word[2:].partition("=")[::2] for word in shlex.split(command) if word.startswith("--"))
+        if "train.py" in command:
+            trained.add(words["out_dir"])
+        assert "evaluate.py" not in command or words["out_dir"] in trained
+        assert "/best.pt" not in command or words["trunk"].removesuffix("/best.pt") in trained
 
 
 def test_there_are_commands():

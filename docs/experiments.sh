@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Every run behind docs/RESULTS.md, in order; about 5 hours on one CPU core. Parts that are finished are kept (delete out/ to start anew).
+#     bash docs/experiments.sh           # after bash demo.sh, in its virtual environment
+#     bash docs/experiments.sh --list    # only say the commands, for running them by hand or side by side
+set -euo pipefail
+cd "$(dirname "$0")/.."
+list=${1:-}
+
+run() { if [ -n "$list" ]; then echo "$@"; else echo "== $*"; "$@"; fi; }
+train() {   # train OUT CONFIG OPTIONS...
+    [ -z "$list" ] && [ -e "out/$1/done" ] && return
+    run python train.py "$2" --out_dir="out/$1" "${@:3}" && { [ -n "$list" ] || touch "out/$1/done"; }
+}
+on() { run python evaluate.py --split="$1" --out_dir="out/$2" --mistakes=0 --batch_size=${rows:-250} "${@:3}"; }     # on SPLIT OUT OPTIONS...
+
+# ------------------------------------------------------------------------- the embedded task: one trunk, three seeds of all on top
+for s in "" _s1 _s2; do
+    n=${s#_s}; seed=--seed=${n:-0}
+    train demo_l2d$s config/demo_l2d.py $seed
+    train demo_lora$s config/demo_lora.py $seed
+    train demo_finetune$s config/demo_finetune.py $seed
+    train demo_l2d_lora$s config/demo_l2d.py $seed --path_mode=lora
+    train demo_l2d_on_lora$s config/demo_l2d.py $seed --trunk=out/demo_lora$s/best.pt
+
+    on test demo_l2d$s --steps=1,2,4,8,16,32
+    on test demo_l2d$s --steps=1,3,7,15,31 --solver=midpoint
+    on test demo_l2d$s --steps=1,3,7,15,31 --solver=heun
+    on test demo_l2d$s --steps=1,4,8,16,32 --solver=adaptive
+    on test demo_l2d$s --steps=1,16 --stop=0.9
+    on test demo_l2d$s --steps=1,2,4,8,16,32 --temperature=1
+    on test demo_l2d$s --steps=1,3,5,7,15,31 --temperature=1 --solver=midpoint --t_end=1       # the paper's protocol
+    on test demo_l2d_lora$s --steps=1,2,4,8,16,32
+    on test demo_l2d_on_lora$s --steps=1,2,4,8,16,32
+    for control in demo_lora$s demo_finetune$s; do
+        on test $control --steps=1
+        on test $control --steps=1 --temperature=1
+        on mix_test $control --steps=1
+    done
+    on mix_test demo_l2d$s --steps=1,2,16
+done
+
+# the trunk with majority vote, at the measured time of 16 steps; samples the seed of the trunk, which is one
+on test demo_l2d --steps=1 --temperature=0.7 --votes=10
+# L2D on the labels, validation problems: guidance towards the right label, and a wrong one
+for s in "" _s1 _s2; do
+    for guidance in 1 2 4 8; do
+        on val demo_l2d$s --steps=1,4 --guidance=$guidance --use_label
+        on val demo_l2d$s --steps=1,4 --guidance=$guidance --label=2        # "3 steps" for all: wrong for about half
+    done
+done
+# choices at inference, validation problems
+for s in "" _s1 _s2; do
+    for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
+        on val demo_l2d$s --steps=1,4,16 $option
+    done
+done
+# choices in training, validation problems, half the training
+short() {
+    train short_$1$s config/demo_l2d.py --seed=${n:-0} --steps=2000 --eval_every=2000 "${@:2}"
+    on val short_$1$s --steps=1,2,16
+}
+for s in "" _s1; do
+    n=${s#_s}
+    short base
+    short w_init_0 --w_init=0
+    short paper --w_init=0 --gate_init=0 --token_input=False --input_scale=unit --time_scale=1
+    [ -n "$s" ] && continue
+    short gate_init_0 --gate_init=0
+    short no_token --token_input=False
+    short input_unit --input_scale=unit
+    short time_scale_1 --time_scale=1
+    short sigma_8 --sigma=8
+    short independent_t --stratified=False
+    short own_guess --own_guess=0.5
+done
+
+# ------------------------------------------------------------------------------------------------------------- GSM8K's own text
+gsm() { train $1 config/l2d_gsm8k.py --batch_size=16 --dtype=bfloat16 --log_every=25 --eval_examples=200 "${@:2}"; }
+gsm gsm_trunk --trunk=scratch --trunk_mode=full --path_mode=none --n_layer=3 --n_head=4 --n_embd=128 --steps=500 --warmup=50 \
+    --learning_rate=2e-3 --min_lr=2e-4 --eval_every=100
+for s in "" _s1 _s2; do
+    n=${s#_s}; common="--trunk=out/gsm_trunk/best.pt --seed=${n:-0} --steps=100 --warmup=20 --min_lr=1e-4 --eval_every=100"
+    gsm gsm_l2d$s $common --learning_rate=1e-3 --x_dim=64 --t_dim=64
+    gsm gsm_lora$s $common --learning_rate=1e-3 --trunk_mode=lora --path_mode=none --lora_rank=112 --lora_alpha=112
+    gsm gsm_finetune$s $common --learning_rate=5e-4 --trunk_mode=full --path_mode=none
+    rows=32             # of 50,257 logits for each token
+    on test gsm_l2d$s --limit=500 --exact_match=False --steps=1,2,4,8,16
+    for control in gsm_lora$s gsm_finetune$s; do on test $control --limit=500 --exact_match=False --steps=1; done
+done
+on test gsm_l2d --limit=200 --steps=1,4
+
+run python results.py
+run python results.py --split=val
+run python results.py --split=mix_test
+run python results.py --draw=docs/results_test.json --show=demo_l2d,demo_l2d:temperature=1.0,demo_l2d_on_lora --lines=demo_lora,demo_finetune
