@@ -341,27 +341,27 @@ def row_noise(ids, seed, max_new_tokens, x_dim, sampler, device):
 
 
 def next_token(model, sampler, V, tables, c, label, x_0, u, trace=None):
-    """The next token of each row, (B,), by Algorithm 1, and its path calls (B,). Arguments as of Denoiser and predict."""
+    """The next token of each row, (B,), by Algorithm 1, and its path calls (B,). Arguments as of Denoiser and predict.
+
+    Where c has no h, the trunk first reads c.token at c.pos into c.kv.
+    """
+    if c.h is None:
+        h, kv = model.trunk(c.token[:, None], c.pos[:, None], c.kv, c.mask)
+        c = Context(h[:, 0], c.token, c.pos, kv, None, c.mask)
     f = Denoiser(model, sampler, V, tables, c, label, u, trace)
     logits = predict(f, x_0, sampler)
     return choose(logits, u[:, 0], sampler.temperature, sampler.top_k), f.nfe
 
 
-def decode_step(model, sampler, V, tables, kv, token, pos, mask, label, x_0, u, trace=None):
-    """The trunk reads token (B,) at pos (B,) into kv; then next_token."""
-    h, kv = model.trunk(token[:, None], pos[:, None], kv, mask)
-    return next_token(model, sampler, V, tables, Context(h[:, 0], token, pos, kv, None, mask), label, x_0, u, trace)
-
-
-def compiled_step(*constants):
-    """decode_step as one graph of static shapes; on a GPU a CUDA graph, in which no kernel waits for Python.
+def compiled_next_token(*constants):
+    """next_token as one graph of static shapes; on a GPU a CUDA graph, in which no kernel waits for Python.
 
     constants: what stays where it is from token to token (nested tensors), so that a CUDA graph need not copy it.
     """
     for z in tree_leaves(constants):
         if torch.is_tensor(z):
             torch._dynamo.mark_static_address(z, guard=False)
-    return torch.compile(decode_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    return torch.compile(next_token, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
 @torch.no_grad()
@@ -392,19 +392,18 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
     c = model.read(idx, (torch.arange(B, device=device), pos))
     token, block_size, P = c.token, model.trunk.config.block_size, idx.size(1)
     length = min(P + max_new_tokens, block_size)
-    cache, step = new_cache(c.kv, length), decode_step
+    cache, predict_next, h = new_cache(c.kv, length), next_token, c.h
 
     for n in range(max_new_tokens):
         # Right padding is harmless: a row sees keys up to its own position and overwrites the padding as it grows.
         S = length if compile else min(P + n, block_size)
         masked = compile or min(lengths[row] for row in rows) < P             # else every row sees all S keys
         mask = (torch.arange(S, device=device) <= pos[:, None])[:, None, None] if masked else None   # (B, 1, 1, S)
-        kv, x, u_n, traces = first_keys(cache, S), sigma * x_0[:, n], u[:, n], [[] for _ in rows] if trace else None
-        if n == 0:                                                            # the prompt has just been read; this also fills tables
-            token, nfe = next_token(model, sampler, V, tables, Context(c.h, token, pos, kv, None, mask), label, x, u_n, traces)
-            step = compiled_step(V, tables, cache) if compile else step
-        else:
-            token, nfe = step(model, sampler, V, tables, kv, token, pos, mask, label, x, u_n, traces)
+        c, traces = Context(h, token, pos, first_keys(cache, S), None, mask), [[] for _ in rows] if trace else None
+        token, nfe = predict_next(model, sampler, V, tables, c, label, sigma * x_0[:, n], u[:, n], traces)
+        if compile and n == 0:                                                # now tables is full
+            predict_next = compiled_next_token(V, tables, cache)
+        h = None                                                              # from here on the trunk has a token to read
 
         going, ys, calls, ats = [], token.tolist(), nfe.tolist(), pos.tolist()
         for i in live:
