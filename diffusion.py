@@ -379,7 +379,7 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
     assert path is not None or sampler.steps == 1, "without a path there is only steps = 1"
     assert not compile or sampler.fixed and not trace, "a compiled step makes the same evaluations for every token"
     ids = range(B) if ids is None else ids
-    D, sigma = (path.config.x_dim, path.config.sigma) if path else (0, 0.0)
+    D, sigma = (path.config.x_dim, path.config.sigma) if sampler.steps > 1 else (0, 0.0)
     label = torch.tensor([model.no_label] * B if label is None else label, device=device)
     x_0, u = row_noise(ids, seed, max_new_tokens, D, sampler, device)
     V = path.token_space(model.trunk.wte.weight) if sampler.steps > 1 else None   # once: it is constant now

@@ -405,7 +405,7 @@ class DiffusionPath(nn.Module):
 # ------------------------------------------------------------------------------------------------- the pair
 class Context(NamedTuple):
     """c in the paper: what the trunk has read, and all that predicting the next token at N positions needs of it."""
-    h: torch.Tensor                 # (N, C) the trunk's states there, before the final norm
+    h: torch.Tensor                 # (N, C) the trunk's states there, before the final norm; None: token is still to be read
     token: torch.Tensor             # (N,) the token there, the last of its context
     pos: torch.Tensor               # (N,) its position
     kv: list                        # L pairs (k, v), each (B, H, S, C/H)
