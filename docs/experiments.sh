@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every run behind docs/RESULTS.md, in order; about 5 hours on one CPU core. Parts that are finished are kept (delete out/ to start anew).
+# Every run behind docs/RESULTS.md, in order; about 4 hours on one CPU core. Parts that are finished are kept (delete out/ to start anew).
 #     bash docs/experiments.sh           # after bash demo.sh, in its virtual environment
 #     bash docs/experiments.sh --list    # only say the commands, for running them by hand or side by side
 set -euo pipefail
@@ -23,14 +23,14 @@ for s in "" _s1 _s2; do
     train demo_l2d_on_lora$s config/demo_l2d.py $seed --trunk=out/demo_lora$s/best.pt
 
     on test demo_l2d$s --steps=1,2,4,8,16,32
-    on test demo_l2d$s --steps=1,3,7,15,31 --solver=midpoint
-    on test demo_l2d$s --steps=1,3,7,15,31 --solver=heun
-    on test demo_l2d$s --steps=1,4,8,16,32 --solver=adaptive
+    on test demo_l2d$s --steps=1,3,15 --solver=midpoint
+    on test demo_l2d$s --steps=1,3,15 --solver=heun
+    on test demo_l2d$s --steps=1,8,32 --solver=adaptive
     on test demo_l2d$s --steps=1,16 --stop=0.9
-    on test demo_l2d$s --steps=1,2,4,8,16,32 --temperature=1
-    on test demo_l2d$s --steps=1,3,5,7,15,31 --temperature=1 --solver=midpoint --t_end=1       # the paper's protocol
-    on test demo_l2d_lora$s --steps=1,2,4,8,16,32
-    on test demo_l2d_on_lora$s --steps=1,2,4,8,16,32
+    on test demo_l2d$s --steps=1,2,4,8,16 --temperature=1
+    on test demo_l2d$s --steps=1,3,7,15 --temperature=1 --solver=midpoint --t_end=1       # the paper's protocol
+    on test demo_l2d_lora$s --steps=1,2,4,16
+    on test demo_l2d_on_lora$s --steps=1,2,4,16
     for control in demo_lora$s demo_finetune$s; do
         on test $control --steps=1
         on test $control --steps=1 --temperature=1
@@ -40,18 +40,18 @@ for s in "" _s1 _s2; do
 done
 
 # the trunk with majority vote, at the measured time of 16 steps; samples the seed of the trunk, which is one
-on test demo_l2d --steps=1 --temperature=0.7 --votes=10
+on test demo_trunk --steps=1 --temperature=0.7 --votes=10
 # L2D on the labels, validation problems: guidance towards the right label, and a wrong one
 for s in "" _s1 _s2; do
-    for guidance in 1 2 4 8; do
-        on val demo_l2d$s --steps=1,4 --guidance=$guidance --use_label
-        on val demo_l2d$s --steps=1,4 --guidance=$guidance --label=2        # "3 steps" for all: wrong for about half
+    for guidance in 1 2 4; do
+        on val demo_l2d$s --steps=4 --guidance=$guidance --use_label
+        on val demo_l2d$s --steps=4 --guidance=$guidance --label=2        # "3 steps" for all: wrong for about half
     done
 done
 # choices at inference, validation problems
 for s in "" _s1 _s2; do
     for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
-        on val demo_l2d$s --steps=1,4,16 $option
+        on val demo_l2d$s --steps=4,16 $option
     done
 done
 # choices in training, validation problems, half the training
