@@ -8,7 +8,7 @@ What does a step cost? Counted and measured, with random weights of any GPT-2 si
 Counted: every number is the value of the formula beside it. Measured: in one run, all variants by turns within each
 repeat, so that what else the machine does hits them alike; median [least, greatest] of the repeats, ratios within each.
 
-Decoding is diffusion.generate, greedy, with an end of text that never comes. A fresh path has w_d = 0: at every T it must
+Decoding is diffusion.generate, greedy, with an end of text that never comes. The path is fresh and w_init = 0: at every T it must
 write what plain decoding writes, and an adaptive solver sees a guess that never changes. nfe: path calls per token;
 vs_plain: time against plain decoding (T = 1), and floor_vs_plain by bytes read; call_ms, call_vs_plain: one more path
 call, in ms and in tokens of plain decoding; floor_share: of the speed at which each pass reads its weights and the KV

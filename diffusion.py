@@ -117,7 +117,7 @@ def time_grid(n, t_end, shift=1.0):
 
 
 def integrate(f, x, steps, solver="euler", t_end=None, shift=1.0):
-    """Spend steps - 1 evaluations of f on the way from x at t = 0, and return (x, t) for the last one.
+    """Spend steps - 1 evaluations of f on the way from x at t = 0 (heun to t = 1: steps - 2), and return (x, t) for the last.
 
     A two-evaluation solver with an odd number to spend takes its first interval by Euler. t_end is the time
     of the last evaluation, by default (steps - 1) / steps (deviation 6): at 1 an Euler grid would end on x_t = V_guess exactly,
@@ -180,7 +180,7 @@ class Sampler:
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
-    shortlist: int = 0              # all evaluations but the last look only at the trunk's k best tokens: a cheaper head; 0 = at all
+    shortlist: int = 0              # path calls but the last see only the trunk's k best tokens, a cheaper head; 0 = off
 
     def __post_init__(self):
         must = {"steps": (self.steps >= 1, "at least 1 (1 is the untouched trunk)"), "t_end": (0 <= self.t_end <= 1, "in [0, 1]"),
@@ -356,7 +356,8 @@ def next_token(model, sampler, V, tables, c, label, x_0, u, trace=None):
 def compiled_next_token(*constants):
     """next_token as one graph of static shapes; on a GPU a CUDA graph, in which no kernel waits for Python.
 
-    constants: what stays where it is from token to token (nested tensors), so that a CUDA graph need not copy it.
+    constants: what stays where it is from token to token (nested tensors): a CUDA graph need not copy it, and may write to it.
+    Not yet run on a GPU.
     """
     for z in tree_leaves(constants):
         if torch.is_tensor(z):
@@ -399,11 +400,12 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
         S = length if compile else min(P + n, block_size)
         masked = compile or min(lengths[row] for row in rows) < P             # else every row sees all S keys
         mask = (torch.arange(S, device=device) <= pos[:, None])[:, None, None] if masked else None   # (B, 1, 1, S)
-        c, traces = Context(h, token, pos, first_keys(cache, S), None, mask), [[] for _ in rows] if trace else None
+        kv = cache if compile else first_keys(cache, S)                       # a CUDA graph wants the tensors themselves, no views
+        c, traces = Context(h, token, pos, kv, None, mask), [[] for _ in rows] if trace else None
         token, nfe = predict_next(model, sampler, V, tables, c, label, sigma * x_0[:, n], u[:, n], traces)
         if compile and n == 0:                                                # now tables is full
             predict_next = compiled_next_token(V, tables, cache)
-        h = None                                                              # from here on the trunk has a token to read
+        token, h = token.clone(), None          # a CUDA graph will overwrite its output; from here on the trunk reads token
 
         going, ys, calls, ats = [], token.tolist(), nfe.tolist(), pos.tolist()
         for i in live:

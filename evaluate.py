@@ -63,6 +63,8 @@ class Config(Sampler):
         self.samplers()
         if self.plot and not self.exact_match:
             raise UserError("error: --plot draws exact match; leave out --exact_match=False")
+        if self.use_label and self.label >= 0:
+            raise UserError(f"error: --use_label gives every problem its own label, --label={self.label} all the same; choose one")
         if self.limit < 0 or self.batch_size < 1 or self.max_new_tokens < 1 or self.votes < 1:
             raise UserError(f"error: limit={self.limit}, batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}, "
                             f"votes={self.votes}: limit must be at least 0, the others at least 1")
@@ -122,16 +124,11 @@ def vote(outputs, gold):
     return output, chosen is not None and chosen == want, flexible is not None and flexible == want, chosen is not None
 
 
-def score(output, gold):
-    """(strict, flexible, well-formed) of an output against the gold answer, both whole texts."""
-    return vote([output], gold)[1:]
-
-
 def wilson(k, n, z=1.96):
     """95% interval of a share k / n (Wilson 1927)."""
     p, q = k / n, z * z / n
     center, half = (p + q / 2) / (1 + q), z / (1 + q) * math.sqrt(p * (1 - p) / n + q / (4 * n))
-    return center - half, center + half
+    return min(p, center - half), max(p, center + half)                      # at p = 0 or 1 rounding could leave it outside
 
 
 def mcnemar(a, b):
@@ -190,7 +187,7 @@ def answers(config, sampler, model, encoding, data, n, labels, path):
     return [done[i] for i in range(n)]
 
 
-KINDS = ["result", "number", "rest"]    # of a target: what follows an "=", another number, all else
+KINDS = ["result", "number", "rest"]    # of a target: a number that follows an "=", another number, all else
 
 
 def teacher_forced_numbers(config, sampler, model, encoding, data, n, labels):
@@ -207,7 +204,7 @@ def teacher_forced_numbers(config, sampler, model, encoding, data, n, labels):
         label = torch.tensor([labels[i] for i in ids], device=device)
         nll, hit, nfe = teacher_forced(model, idx, targets, sampler, generator, label)
         at = targets >= 0
-        kind = torch.where(equals[idx[at]], 0, torch.where(digits[targets[at]], 1, 2))
+        kind = torch.where(digits[targets[at]], torch.where(equals[idx[at]], 0, 1), 2)
         sums.index_add_(1, kind, torch.stack([torch.ones_like(nll), hit, nll, nfe]).double())
     count, right, loss, _ = sums.sum(1).tolist()
     by_kind = {name: {"n": int(m), "accuracy": r / max(m, 1), "nfe": calls / max(m, 1)} for name, m, r, calls in zip(KINDS, *sums[[0, 1, 3]].tolist())}
@@ -241,7 +238,7 @@ def show(rows):
             left += (f"{row['nfe']:5.2f}  {row['strict']:.3f} [{low:.3f}, {high:.3f}]  {versus(row.get('vs_first')):<17} "
                      f"{versus(row.get('vs_previous')):<17} {row['flexible']:.3f}     {row['well_formed']:.3f}        "
                      f"{row['cut']:.3f}  {row['tokens']:5.1f}   ")
-        kinds = "  ".join(f"{kind['accuracy']:.4f} ({kind['nfe']:.2f})" for kind in row["by_kind"].values())
+        kinds = "  ".join(f"{kind['accuracy']:.4f} ({kind['nfe']:.2f})" if kind["n"] else "-" for kind in row["by_kind"].values())
         lines.append(left + f"{row['token_accuracy']:.4f}      {row['nll']:.4f}  {kinds}")
     return "\n".join(lines)
 
@@ -274,9 +271,14 @@ def read_controls(config):
     for name in filter(None, config.controls.split(",")):
         try:
             with open(os.path.join(name, "eval", f"{config.split}.json")) as file:
-                controls.append((os.path.basename(name), json.load(file)))
+                control = json.load(file)
         except OSError:
-            raise UserError(f"error: no evaluation in {name}; run: python evaluate.py --out_dir={name} --split={config.split} --steps=1")
+            control = {"config": {}, "rows": [{}]}
+        same = {k: getattr(config, k) for k in ("temperature", "top_k", "votes", "limit")}
+        if "strict" not in control["rows"][0] or any(control["config"][k] != v for k, v in same.items()):
+            raise UserError(f"error: the last evaluation in {name} on {config.split} is not one at the same settings; run: python evaluate.py "
+                            f"--out_dir={name} --split={config.split} --steps=1 " + " ".join(f"--{k}={v}" for k, v in same.items()))
+        controls.append((os.path.basename(name), control))
     return controls
 
 
@@ -317,8 +319,9 @@ def main(argv=None):
     except OSError as e:
         raise UserError(f"error: cannot write to {folder}: {e.strerror}")
     weights = sha256(os.path.join(config.out_dir, f"{config.checkpoint}.pt"))
-    same = {k: v for k, v in asdict(config).items() if k not in ("steps", "limit", "batch_size", "mistakes", "plot", "controls", "out_dir")}
-    key = hashlib.sha256(json.dumps([same, weights], sort_keys=True).encode()).hexdigest()[:8]
+    same = {k: v for k, v in asdict(config).items() if k not in ("steps", "limit", "batch_size", "mistakes", "plot", "controls", "out_dir", "data_dir")}
+    problems = sha256(os.path.join(data_dir, f"{config.split}.jsonl"))
+    key = hashlib.sha256(json.dumps([same, weights, problems], sort_keys=True).encode()).hexdigest()[:8]
 
     rows, first, before = [], None, None
     for sampler in samplers:

@@ -191,9 +191,10 @@ class GPT(nn.Module):
     def head(self, h, words=None):
         """(..., C) -> logits (..., V_size); of h (N, C) and a list of token ids for each row, words (N, k), only theirs, (N, k)."""
         h = self.ln_f(h)
-        if words is None:
-            return F.linear(h, self.wte.weight)
-        return (self.wte.weight[words] @ h[:, :, None])[:, :, 0]
+        if words is not None and words.numel() < len(self.wte.weight):        # else fetching them reads more than the whole head
+            return (self.wte.weight[words] @ h[:, :, None])[:, :, 0]
+        logits = F.linear(h, self.wte.weight)
+        return logits if words is None else logits.gather(1, words)
 
     def add_lora(self, rank, alpha):
         """Freeze everything and put a LoRA on each linear map of each block."""
@@ -260,7 +261,7 @@ class PathConfig:
     time_scale: float = 1000.0      # t is multiplied by this before its sinusoidal features (official code: 1)
     gate_init: float = 1.0          # deviation 2: residual gates of the path at the start (official code: 0)
     token_input: bool = True        # deviation 2: add the context's last token to the path's input (paper: x_t alone)
-    w_init: float = 1.0             # deviation 2: w_d starts near this at every t > 0 (official code: 0)
+    w_init: float = 1.0             # deviation 2: w_d rises from 0 at t = 0 to about this at the start (official code: 0)
     n_labels: int = 0               # labels for guidance; index n_labels means "no label"
     rank: int = 32                  # of the LoRA, mode lora
     alpha: float = 32.0
@@ -364,9 +365,10 @@ class DiffusionPath(nn.Module):
 
     @torch.no_grad()
     def init_w_d(self):
-        """w_d(t) near w_init on all of (0, 1]: the least-squares fit of 1 by the differences w's last layer has to work with.
+        """w_d(t) about w_init on (0, 1]: the least-squares fit of 1 by the differences w's last layer has to work with.
 
-        From 0 it would take either sign by chance, and where it turns negative the path unlearns the trunk first.
+        It rises from 0 at t = 0, in the first hundredth with time_scale 1000, and slowly with 1. From 0 everywhere it would
+        take either sign by chance, and a negative one makes the path undo the trunk.
         """
         hidden = self.w[:2](self.time_embedding(torch.linspace(0, 1, 1001), torch.tensor(self.config.n_labels)))   # (1001, E)
         fit = torch.linalg.pinv(hidden[1:] - hidden[0], rtol=0.01).sum(1)     # (E,)

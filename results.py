@@ -7,7 +7,8 @@ Many runs of evaluate.py over training seeds, as tables and one figure.
 
 A group is one condition over its training seeds: out/demo_l2d, out/demo_l2d_s1, out/demo_l2d_s2 are seeds 0, 1, 2 of demo_l2d; what
 evaluate.py was told beside its defaults follows, as in demo_l2d:temperature=1.0. Means and standard deviations (n - 1) are over seeds.
-McNemar's test pools the pairs of all seeds. They share problems, and at T = 1 a trunk, so its p is of these seeds, not of new ones.
+McNemar's test has one pair for each problem: gained where more seeds are right than at the T compared with, lost where fewer are. The
+seeds share problems, and at T = 1 a trunk, so that counting each seed's pairs by themselves would count the same evidence several times.
 """
 import glob
 import importlib.util
@@ -26,7 +27,7 @@ from prepare_data import write_file
 DEFAULTS = {f.name: f.default for f in fields(evaluate.Config)}
 NOT_A_CONDITION = {"steps", "limit", "batch_size", "out_dir", "mistakes", "plot", "controls", "device", "dtype", "max_new_tokens",
                    "split", "checkpoint", "seed"}
-NUMBERS = ["strict", "flexible", "nfe", "token_accuracy", "nll", "seconds", "tokens", "cut", "well_formed"]
+NUMBERS = ["strict", "flexible", "nfe", "token_accuracy", "nll", "tokens", "cut", "well_formed"]
 RECORDED = ["path", "command", "commit", "torch", "machine", "weights_sha256"]
 
 
@@ -53,13 +54,17 @@ def read_runs(split):
     for path in sorted(glob.glob(f"out/*/eval/{split}_*.json")):
         if not re.fullmatch(re.escape(split) + "_[0-9a-f]{8}", Path(path).stem):
             continue                                                          # of a split whose name goes on
-        run = json.loads(Path(path).read_text())
+        try:
+            run = json.loads(Path(path).read_text())
+            assert all("by_kind" in row for row in run["rows"]), "no by_kind"
+        except (ValueError, KeyError, AssertionError) as e:
+            raise UserError(f"error: {path} is damaged or of another version of evaluate.py ({e}); move it away, or evaluate again")
         settings = {k: v for k, v in sorted(run["config"].items()) if k not in NOT_A_CONDITION and v != DEFAULTS.get(k)}
         base, seed = re.fullmatch(r"(.*?)(?:_s(\d+))?", Path(path).parts[1]).groups()
         seeds = groups.setdefault(":".join([base, *(f"{k}={v}" for k, v in settings.items())]), {})
         if (other := seeds.setdefault(int(seed or 0), run)) is not run:
-            raise UserError(f"error: {other['path']} and {path} are the same condition and training seed (device, dtype, checkpoint, "
-                            "seed and max_new_tokens of evaluate.py make no group of their own); move one of them away")
+            raise UserError(f"error: {other['path']} and {path} are the same condition and training seed (other weights, batch_size, "
+                            "device, dtype, checkpoint, seed or max_new_tokens make no group of their own); move one of them away")
         run |= {"path": path, "settings": settings, "n": run["rows"][0].get("n", run["rows"][0]["teacher_forced_n"])}
     for name, seeds in groups.items():
         if len({run["n"] for run in seeds.values()}) > 1:
@@ -85,14 +90,15 @@ def over_seeds(values):
 
 
 def paired(seeds, steps, other):
-    """Strict exact match at steps against other, over the seeds that have both: pooled McNemar; None where answers are missing."""
+    """Strict exact match at steps against other, over the seeds that have both: problems gained and lost, p; each seed's alone.
+    None where answers are missing."""
     pairs = [(outcomes(run, other), outcomes(run, steps)) for run in seeds.values()
              if {steps, other} <= {row["steps"] for row in run["rows"]}]
     if not pairs or None in sum(pairs, ()):
         return None
-    gained, lost = zip(*(mcnemar(a, b)[:2] for a, b in pairs))
-    return {"steps": other, "gained": sum(gained), "lost": sum(lost), "p": sign_test(sum(gained), sum(lost)),
-            "each": list(zip(gained, lost))}
+    before, after = ([sum(seed) for seed in zip(*side)] for side in zip(*pairs))      # of each problem: how many seeds are right
+    gained, lost = sum(b > a for a, b in zip(before, after)), sum(b < a for a, b in zip(before, after))
+    return {"steps": other, "gained": gained, "lost": lost, "p": sign_test(gained, lost), "each": [mcnemar(a, b) for a, b in pairs]}
 
 
 def summarize(seeds):
@@ -108,8 +114,6 @@ def summarize(seeds):
         for name, other in (("vs_one", 1), ("vs_second", min((s for s in found if s > 1), default=steps))):
             if other in found and steps > other and (pairs := paired(seeds, steps, other)):
                 row[name] = pairs
-        if both := [s for s in by_seed if s in found.get(1, {}) and "seconds" in by_seed[s]]:
-            row["relative_time"] = sum(by_seed[s]["seconds"] for s in both) / sum(found[1][s]["seconds"] for s in both)
         rows.append(row)
     runs = [{"seed": seed} | {k: run[k] for k in RECORDED} for seed, run in sorted(seeds.items())]
     first = next(iter(seeds.values()))                                        # all have the same settings and n
@@ -128,8 +132,8 @@ def table(name, group):
     second = min((row["steps"] for row in group["rows"] if row["steps"] > 1), default=2)
     seeds = [run["seed"] for run in group["runs"]]
     lines = [f"**{name}**: {group['n']} problems, training seeds {', '.join(map(str, seeds))}\n",
-             f"| T | NFE | exact match | each seed | gained / lost, p vs T = 1 | vs T = {second} | token acc. | after = (NFE) | NLL | time / T = 1 |",
-             "|" + "---|" * 10]
+             f"| T | NFE | exact match | each seed | gained / lost, p vs T = 1 | vs T = {second} | token acc. | after = (NFE) | NLL |",
+             "|" + "---|" * 9]
     versus = lambda v: f"{v['gained']} / {v['lost']}, {v['p']:.2g}" if v else ""
     mean = lambda v, form: f"{v['mean']:{form}}" + (f" ± {v['sd']:{form}}" if v["sd"] is not None else "")
     for row in group["rows"]:
@@ -141,8 +145,7 @@ def table(name, group):
         if row["seeds"] != seeds:
             cells[2] += f" (seeds {', '.join(map(str, row['seeds']))})"
         kind = "{:.3f} ({:.2f})".format(*(row["by_kind"]["result"][k]["mean"] for k in ("accuracy", "nfe")))
-        cells += [versus(row.get("vs_one")), versus(row.get("vs_second")), mean(row["token_accuracy"], ".4f"), kind, mean(row["nll"], ".4f"),
-                  f"{row['relative_time']:.2f}" if "relative_time" in row else ""]
+        cells += [versus(row.get("vs_one")), versus(row.get("vs_second")), mean(row["token_accuracy"], ".4f"), kind, mean(row["nll"], ".4f")]
         lines.append(f"| {row['steps']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -156,7 +159,8 @@ def draw(config):
     import matplotlib.pyplot as plt
     try:
         data = json.loads(Path(config.draw).read_text())
-    except (OSError, ValueError) as e:
+        assert "groups" in data, "it has no groups"
+    except (OSError, ValueError, AssertionError) as e:
         raise UserError(f"error: cannot read {config.draw}: {e}; python results.py --out={config.draw} writes it")
     show, controls = ([name for name in names.split(",") if name] for names in (config.show, config.lines))
     rows = {name: [row for row in data["groups"].get(name, {"rows": []})["rows"] if "strict" in row] for name in show + controls}

@@ -32,7 +32,7 @@ class Config(Sampler):
     max_new_tokens: int = 320
     seed: int = 0
     trace: bool = False             # show how each token's guess changes over the steps
-    compile: bool = False           # one CUDA graph per token: minutes to start, then faster on a GPU; nothing gained on a CPU
+    compile: bool = False           # one compiled graph per token, on a GPU a CUDA graph (not yet run on one); no gain on a CPU
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda, float32 on cpu

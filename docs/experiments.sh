@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Every run behind docs/RESULTS.md, in order; about 4 hours on one CPU core. Parts that are finished are kept (delete out/ to start anew).
-#     bash docs/experiments.sh           # after bash demo.sh, in its virtual environment
+# Every run behind docs/RESULTS.md, in order; about 4 hours on one CPU core. What is finished is kept; what was cut goes on.
+# After bash demo.sh, in its virtual environment, and: pip install -r requirements-dev.txt; python prepare_data.py gsm8k
+#     bash docs/experiments.sh
 #     bash docs/experiments.sh --list    # only say the commands, for running them by hand or side by side
 set -euo pipefail
 cd "$(dirname "$0")/.."
 list=${1:-}
 
 run() { if [ -n "$list" ]; then echo "$@"; else echo "== $*"; "$@"; fi; }
-train() {   # train OUT CONFIG OPTIONS...
-    [ -z "$list" ] && [ -e "out/$1/done" ] && return
-    run python train.py "$2" --out_dir="out/$1" "${@:3}" && { [ -n "$list" ] || touch "out/$1/done"; }
+train() {   # train OUT CONFIG OPTIONS...: unless it is there; go on where it was cut
+    [ -z "$list" ] && [ -e "out/$1/last.pt" ] && set -- "$@" --resume
+    run python train.py "$2" --out_dir="out/$1" "${@:3}"
 }
 on() { run python evaluate.py --split="$1" --out_dir="out/$2" --mistakes=0 --batch_size=${rows:-250} "${@:3}"; }     # on SPLIT OUT OPTIONS...
 
@@ -66,7 +67,7 @@ for s in "" _s1; do
     short paper --w_init=0 --gate_init=0 --token_input=False --input_scale=unit --time_scale=1
     [ -n "$s" ] && continue
     short gate_init_0 --gate_init=0
-    short no_token --token_input=False
+    short no_token --token_input=False --w_init=0
     short input_unit --input_scale=unit
     short time_scale_1 --time_scale=1
     short sigma_8 --sigma=8

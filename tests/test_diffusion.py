@@ -519,6 +519,9 @@ def test_a_compiled_step_writes_the_same(model, monkeypatch, setting):
     outputs = run(True)
     assert outputs == run(False) and len(graphs) == 1 and len(outputs[-1].tokens) <= 5
     assert run(True) == outputs and len(graphs) == 1                          # nor does a second call compile again
+    written = [n for n in graphs[0].graph.nodes if n.op == "placeholder" and any("scatter" in str(user.target) for user in n.users)]
+    assert len(written) == 2 * TINY.n_layer                                   # the cache: a CUDA graph may write to what stays in place
+    assert all("_dynamo_static_input_type" in n.meta["tensor_dict"] for n in written)
     assert len({len(o.tokens) for o in outputs}) > 1
 
 

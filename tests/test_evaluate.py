@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import evaluate
 import sample
 from configurator import UserError
-from evaluate import flexible_answer, majority, mcnemar, score, sign_test, strict_answer, vote, wilson
+from evaluate import flexible_answer, majority, mcnemar, sign_test, strict_answer, vote, wilson
 from model import load_checkpoint
 from prepare_data import load_split
 from test_train import arithmetic, child, encoding, l2d, trunk, wild  # noqa: F401  (fixtures)
@@ -27,6 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # ------------------------------------------------------------------------------------------------- scoring
+def score(output, gold):
+    """(strict, flexible, well-formed) of a single output."""
+    return vote([output], gold)[1:]
+
+
 @pytest.mark.parametrize("output, gold, strict, flexible, well_formed", [
     (" 9+9 = 18.\n#### 18", "#### 18", True, True, True),
     ("#### 18.", "#### 18", True, True, True),
@@ -137,6 +142,12 @@ def test_gsm8k_answers_score_themselves():
 def test_wilson_as_published(k, n, low, high):
     """Newcombe 1998, Table I, method 3."""
     assert wilson(k, n) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_wilson_holds_its_share():
+    for n in range(1, 600):
+        for k in (0, n):
+            assert wilson(k, n)[0] <= k / n <= wilson(k, n)[1]            # rounding included: an error bar has no negative length
 
 
 def test_wilson_by_definition():
@@ -466,6 +477,28 @@ def test_plot(run, out_dir, tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and figure.stat().st_size > 5000 and str(figure) in printed
 
 
+@pytest.mark.parametrize("other", ["--temperature=1", "--limit=7", "--exact_match=False"])
+def test_a_control_at_other_settings_is_refused(run, out_dir, tmp_path, other):
+    """The last evaluation counts: a sampled or shorter one would be drawn beside greedy points."""
+    pytest.importorskip("matplotlib")
+    control = Path(shutil.copytree(out_dir, tmp_path / "control"))
+    run("--steps=1", "--limit=8", other, out_dir=control)
+    with pytest.raises(UserError, match=f"--out_dir={control} --split=val --steps=1 --temperature=0.0 --top_k=0 --votes=1 --limit=8"):
+        run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}")
+
+
+def test_other_problems_need_other_answers(run, arithmetic, tmp_path):
+    """The same folder's name, but data made anew."""
+    data = Path(shutil.copytree(arithmetic, tmp_path / "data"))
+    run("--steps=1", "--limit=4", f"--data_dir={data}")
+    run("--steps=1", "--limit=4")
+    assert run.generated == 0                                     # the same problems elsewhere
+    lines = (data / "val.jsonl").read_text().splitlines(keepends=True)
+    (data / "val.jsonl").write_text("".join([*lines[:-1], lines[0]]))
+    run("--steps=1", "--limit=4", f"--data_dir={data}")
+    assert run.generated == 4
+
+
 def test_plot_draws_what_was_measured(tmp_path, monkeypatch):
     """Points, error bars and the controls' lines, read back from the axes."""
     plt = pytest.importorskip("matplotlib.pyplot")
@@ -484,3 +517,8 @@ def test_plot_without_exact_match(run):
     """without exact match there is nothing to draw, and it ends in a KeyError."""
     with pytest.raises(UserError, match="plot"):
         run("--steps=1", "--limit=2", "--exact_match=False", "--plot")
+
+
+def test_one_label_or_each_its_own(run):
+    with pytest.raises(UserError, match="choose one"):
+        run("--steps=1", "--use_label", "--label=2")
