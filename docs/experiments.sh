@@ -50,42 +50,36 @@ for s in "" _s1 _s2; do
     done
 done
 # choices at inference, validation problems
-for s in "" _s1 _s2; do
-    for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
-        on val demo_l2d$s --steps=4,16 $option
-    done
+for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
+    on val demo_l2d --steps=4,16 $option
 done
-# choices in training, validation problems, half the training
+# choices in training, validation problems, shorter training
 short() {
-    train short_$1$s config/demo_l2d.py --seed=${n:-0} --steps=2000 --eval_every=2000 "${@:2}"
-    on val short_$1$s --steps=1,2,16
+    train short_$1 config/demo_l2d.py --steps=1500 --eval_every=1500 "${@:2}"
+    on val short_$1 --steps=1,2,16
 }
-for s in "" _s1; do
-    n=${s#_s}
-    short base
-    short w_init_0 --w_init=0
-    short paper --w_init=0 --gate_init=0 --token_input=False --input_scale=unit --time_scale=1
-    [ -n "$s" ] && continue
-    short gate_init_0 --gate_init=0
-    short no_token --token_input=False --w_init=0
-    short input_unit --input_scale=unit
-    short time_scale_1 --time_scale=1
-    short sigma_8 --sigma=8
-    short independent_t --stratified=False
-    short own_guess --own_guess=0.5
-done
+short base
+short w_init_0 --w_init=0
+short paper --w_init=0 --gate_init=0 --token_input=False --input_scale=unit --time_scale=1
+short gate_init_0 --gate_init=0
+short no_token --token_input=False --w_init=0
+short input_unit --input_scale=unit
+short time_scale_1 --time_scale=1
+short sigma_8 --sigma=8
+short independent_t --stratified=False
+short own_guess --own_guess=0.5
 
 # ------------------------------------------------------------------------------------------------------------- GSM8K's own text
 gsm() { train $1 config/l2d_gsm8k.py --batch_size=16 --dtype=bfloat16 --log_every=25 --eval_examples=200 "${@:2}"; }
 gsm gsm_trunk --trunk=scratch --trunk_mode=full --path_mode=none --n_layer=3 --n_head=4 --n_embd=128 --steps=500 --warmup=50 \
     --learning_rate=2e-3 --min_lr=2e-4 --eval_every=100
 for s in "" _s1 _s2; do
-    n=${s#_s}; common="--trunk=out/gsm_trunk/best.pt --seed=${n:-0} --steps=100 --warmup=20 --min_lr=1e-4 --eval_every=100"
+    n=${s#_s}; common="--trunk=out/gsm_trunk/best.pt --seed=${n:-0} --steps=80 --warmup=20 --min_lr=1e-4 --eval_every=80"
     gsm gsm_l2d$s $common --learning_rate=1e-3 --x_dim=64 --t_dim=64
     gsm gsm_lora$s $common --learning_rate=1e-3 --trunk_mode=lora --path_mode=none --lora_rank=112 --lora_alpha=112
     gsm gsm_finetune$s $common --learning_rate=5e-4 --trunk_mode=full --path_mode=none
     rows=32             # of 50,257 logits for each token
-    on test gsm_l2d$s --limit=500 --exact_match=False --steps=1,2,4,8,16
+    on test gsm_l2d$s --limit=500 --exact_match=False --steps=1,2,4,16
     for control in gsm_lora$s gsm_finetune$s; do on test $control --limit=500 --exact_match=False --steps=1; done
 done
 on test gsm_l2d --limit=200 --steps=1,4
