@@ -108,6 +108,15 @@ STEP = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
 SOLVERS = (*STEP, "adaptive")
 
 
+def last_time(steps):
+    """The time of the last of `steps` evaluations, where nothing else is asked for (deviation 6): (steps - 1) / steps, at most 15/16.
+
+    At 1 an Euler grid would end on x_t = V_guess exactly, where the model can only repeat its guess. Above 15/16 it nearly does: x_t
+    shows the guess, and a path that was trained on x_t built from the truth believes it (measured, see docs/LOG.md).
+    """
+    return min((steps - 1) / steps, 15 / 16)
+
+
 def time_grid(n, t_end, shift=1.0):
     """n + 1 times from 0 to t_end: uniform, or with shift > 1 denser towards the end.
 
@@ -120,10 +129,9 @@ def integrate(f, x, steps, solver="euler", t_end=None, shift=1.0):
     """Spend steps - 1 evaluations of f on the way from x at t = 0 (heun to t = 1: steps - 2), and return (x, t) for the last.
 
     A two-evaluation solver with an odd number to spend takes its first interval by Euler. t_end is the time
-    of the last evaluation, by default (steps - 1) / steps (deviation 6): at 1 an Euler grid would end on x_t = V_guess exactly,
-    where the model can only repeat its guess.
+    of the last evaluation, by default last_time(steps).
     """
-    t_end = (steps - 1) / steps if t_end is None else t_end
+    t_end = last_time(steps) if t_end is None else t_end
     cost = 1 if solver == "euler" else 2
     n_whole, n_euler = divmod(steps - 1, cost)
     times = time_grid(n_whole + n_euler, t_end, shift)
@@ -140,11 +148,11 @@ def adaptive(f, x, steps, tol=0.1, t_end=None, first_step=0.25):
     Heun and Euler differ by e = dt/2 |v' - v| / sqrt(D): if e <= tol the row moves to x', with v' already known,
     so that an accepted step costs one evaluation; else it tries again with a smaller dt. With argmax guesses the
     field is piecewise constant and e is 0 exactly when the guess has not changed.
-    A row ends at t_end (default (steps - 1) / steps) or when its `steps` evaluations are spent: whichever comes
+    A row ends at t_end (default last_time(steps)) or when its `steps` evaluations are spent: whichever comes
     first, its last evaluation is the prediction. f(x, t, rows) is asked for the rows (B,) bool only; t is (B,).
     Returns x and t (B,), where each row stands.
     """
-    t_end = (steps - 1) / steps if t_end is None else t_end
+    t_end = last_time(steps) if t_end is None else t_end
     t = torch.zeros(len(x), device=x.device)
     dt = torch.full_like(t, first_step)
     rows = torch.full_like(t, steps > 1, dtype=torch.bool)
@@ -172,7 +180,7 @@ class Sampler:
     """How a token is predicted. T = steps counts evaluations, the trunk's own at t = 0 included."""
     steps: int = 16                 # evaluations of the model for one token; 1 is the untouched trunk
     solver: Literal["euler", "midpoint", "heun", "adaptive"] = "euler"  # adaptive: at most `steps` evaluations
-    t_end: float = 0.0              # time of the last evaluation; 0 means (steps - 1) / steps, the paper has 1
+    t_end: float = 0.0              # time of the last evaluation; 0 means (steps - 1) / steps, at most 15/16; the paper has 1
     shift: float = 1.0              # time grid: 1 uniform, above 1 denser towards t = 1
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
     stop: float = 0.0               # stop a token early: same guess twice, its probability above this; 0 = never
