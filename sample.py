@@ -18,7 +18,7 @@ from diffusion import Sampler, generate
 from model import device_kind, dtype_name, load_checkpoint, model_from_checkpoint
 from prepare_data import encode_prompt, fingerprint, load_tokenizer
 
-QUESTION = "Ruth has 32 red coins and 22 blue coins. Ivy has 5 coins. How many do they have together?"
+QUESTION = "Jack buys 5 trays of 10 lemons each. He throws 45 lemons away. How many lemons does Jack have now?"
 
 
 @dataclass(frozen=True)
