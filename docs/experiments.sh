@@ -28,8 +28,8 @@ for s in "" _s1 _s2; do
     on test demo_l2d$s --steps=1,3,15 --solver=heun
     on test demo_l2d$s --steps=1,8,32 --solver=adaptive
     on test demo_l2d$s --steps=1,16 --stop=0.9
-    on test demo_l2d$s --steps=1,2,4,8,16 --temperature=1
-    on test demo_l2d$s --steps=1,3,7,15 --temperature=1 --solver=midpoint --t_end=1       # the paper's protocol
+    on test demo_l2d$s --steps=1,2,4,16 --temperature=1
+    on test demo_l2d$s --steps=1,3,15 --temperature=1 --solver=midpoint --t_end=1       # the paper's protocol
     on test demo_l2d_lora$s --steps=1,2,4,16
     on test demo_l2d_on_lora$s --steps=1,2,4,16
     for control in demo_lora$s demo_finetune$s; do
@@ -43,11 +43,9 @@ done
 # the trunk with majority vote, at the measured time of 16 steps; samples the seed of the trunk, which is one
 on test demo_trunk --steps=1 --temperature=0.7 --votes=10
 # L2D on the labels, validation problems: guidance towards the right label, and a wrong one
-for s in "" _s1 _s2; do
-    for guidance in 1 2 4; do
-        on val demo_l2d$s --steps=4 --guidance=$guidance --use_label
-        on val demo_l2d$s --steps=4 --guidance=$guidance --label=2        # "3 steps" for all: wrong for about half
-    done
+for guidance in 1 2 4; do
+    on val demo_l2d --steps=4 --guidance=$guidance --use_label
+    on val demo_l2d --steps=4 --guidance=$guidance --label=2              # "3 steps" for all: wrong for about half
 done
 # choices at inference, validation problems
 for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
@@ -56,7 +54,7 @@ done
 # choices in training, validation problems, shorter training
 short() {
     train short_$1 config/demo_l2d.py --steps=1500 --eval_every=1500 "${@:2}"
-    on val short_$1 --steps=1,2,16
+    on val short_$1 --steps=2,16
 }
 short base
 short w_init_0 --w_init=0
@@ -79,10 +77,10 @@ for s in "" _s1 _s2; do
     gsm gsm_lora$s $common --learning_rate=1e-3 --trunk_mode=lora --path_mode=none --lora_rank=112 --lora_alpha=112
     gsm gsm_finetune$s $common --learning_rate=5e-4 --trunk_mode=full --path_mode=none
     rows=32             # of 50,257 logits for each token
-    on test gsm_l2d$s --limit=500 --exact_match=False --steps=1,2,4,16
+    on test gsm_l2d$s --limit=500 --exact_match=False --steps=1,2,16
     for control in gsm_lora$s gsm_finetune$s; do on test $control --limit=500 --exact_match=False --steps=1; done
 done
-on test gsm_l2d --limit=200 --steps=1,4
+on test gsm_l2d --limit=100 --steps=1,2
 
 run python results.py
 run python results.py --split=val
