@@ -39,6 +39,7 @@ class Config:
     draw: str = ""                  # JSON file to read
     show: str = ""                  # groups, separated by commas: accuracy against steps
     lines: str = ""                 # groups whose T = 1 is a line: controls
+    names: str = ""                 # what to call them in the figure, separated by commas, first those of show
     png: str = "docs/results.png"   # figure to write
 
     def __post_init__(self):
@@ -168,16 +169,19 @@ def draw(config):
         if not rows[name] or name in controls and rows[name][0]["steps"] != 1:
             raise UserError(f"error: {config.draw} has no exact match{' at T = 1' * (name in controls)} of a group {name!r}; "
                             f"its groups: {', '.join(data['groups'])}")
+    called = dict(zip(show + controls, config.names.split(",") if config.names else show + controls))
+    if len(called) < len(rows):
+        raise UserError(f"error: names={config.names!r} are {len(called)}, but show and lines are {len(rows)} groups; name them all")
     n = {name: data["groups"][name]["n"] for name in rows}
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for i, name in enumerate(show):
         x, y = [row["steps"] for row in rows[name]], [row["strict"]["mean"] for row in rows[name]]
         low, high = zip(*(spread(row, n[name]) for row in rows[name]))
-        axes.errorbar(x, y, [[v - l for v, l in zip(y, low)], [h - v for v, h in zip(y, high)]], marker="o", capsize=3, label=name, color=f"C{i}")
+        axes.errorbar(x, y, [[v - l for v, l in zip(y, low)], [h - v for v, h in zip(y, high)]], marker="o", capsize=3, label=called[name], color=f"C{i}")
         dots = [(row["steps"], v) for row in rows[name] for v in row["strict"]["values"]]
         axes.scatter(*zip(*dots), s=8, color=f"C{i}", alpha=0.6)
     for i, name in enumerate(controls, len(show)):
-        axes.axhline(rows[name][0]["strict"]["mean"], color=f"C{i}", linestyle="--", label=name)
+        axes.axhline(rows[name][0]["strict"]["mean"], color=f"C{i}", linestyle="--", label=called[name])
         axes.axhspan(*spread(rows[name][0], n[name]), color=f"C{i}", alpha=0.1)
     axes.set_xscale("log", base=2)
     ticks = sorted({row["steps"] for name in show for row in rows[name]})

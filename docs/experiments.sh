@@ -7,7 +7,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 list=${1:-}
 
-run() { if [ -n "$list" ]; then echo "$@"; else echo "== $*"; "$@"; fi; }
+run() {
+    local line; line=$(printf ' %s' "${@@Q}" | sed -E "s/'([A-Za-z0-9_.,:=/+-]*)'/\\1/g")        # quotes only where they are needed
+    if [ -n "$list" ]; then echo "${line# }"; else echo "==$line"; "$@"; fi
+}
 train() {   # train OUT CONFIG OPTIONS...: unless it is there; go on where it was cut
     [ -z "$list" ] && [ -e "out/$1/last.pt" ] && set -- "$@" --resume
     run python train.py "$2" --out_dir="out/$1" "${@:3}"
@@ -85,4 +88,5 @@ on test gsm_l2d --limit=100 --steps=1,2
 run python results.py
 run python results.py --split=val
 run python results.py --split=mix_test
-run python results.py --draw=docs/results_test.json --show=demo_l2d,demo_l2d:temperature=1.0,demo_l2d_on_lora --lines=demo_lora,demo_finetune
+run python results.py --draw=docs/results_test.json --show=demo_l2d,demo_l2d:temperature=1.0,demo_l2d_on_lora --lines=demo_lora,demo_finetune \
+    --names="L2D,L2D sampled at temperature 1,L2D on the trunk with LoRA,LoRA on the trunk,full finetuning"

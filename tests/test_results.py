@@ -159,10 +159,12 @@ def test_errors(tree, tmp_path):
 def test_draw_errors(tree):
     pytest.importorskip("matplotlib")
     tree("a", {2: [0, 1]})
+    tree("c", {2: [1, 1]})
     read()
     says(["cannot read nothing.json"], "--draw=nothing.json", "--show=a")
     says(["'b'", "its groups: a"], "--draw=docs/results_test.json", "--show=a,b")
     says(["T = 1", "'a'"], "--draw=docs/results_test.json", "--show=a", "--lines=a")
+    says(["names='x' are 1", "2 groups"], "--draw=docs/results_test.json", "--show=a,c", "--names=x")
 
 
 def test_draw(tree, tmp_path, monkeypatch, capsys):
