@@ -5,10 +5,11 @@ The diffusion of L2D: noising, loss, velocity, solvers, guidance and Algorithm 1
 
 A language model predicts the next token from the context c alone; that is one step of diffusion, taken at
 t = 0 where x_t carries nothing. L2D goes on: the guess moves x_t towards the guessed token's embedding, and
-the path looks again, now with x_t in hand. Symbols and shapes are those of model.py; "Eq." is the paper's.
+the path looks again, now with x_t in hand. Symbols and shapes are those of model.py, but T, here and in README, counts
+evaluations of the model for one token (`steps`); "Eq." is the paper's.
 
-A denoiser f is anything that maps (x_t, t) to x_1_hat (B, D), the expected x_1. The solvers know nothing else,
-so tests can hand them fields with a known solution.
+A denoiser f is anything that maps (x_t, t) to x_1_hat (B, D), an estimate of x_1: the embedding of the most probable token, or the
+mean over all. The solvers know nothing else, so tests can hand them fields with a known solution.
 """
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -111,8 +112,8 @@ SOLVERS = (*STEP, "adaptive")
 def last_time(steps):
     """The time of the last of `steps` evaluations, where nothing else is asked for (deviation 6): (steps - 1) / steps, at most 15/16.
 
-    At 1 an Euler grid would end on x_t = V_guess exactly, where the model can only repeat its guess. Above 15/16 it nearly does: x_t
-    shows the guess, and a path that was trained on x_t built from the truth believes it (measured, see docs/LOG.md).
+    At 1 an Euler grid would end on x_t = V_guess exactly, where the model can only repeat its guess. Above 15/16 x_t shows the guess,
+    right or wrong, to a path that was trained on x_t built from the truth, and accuracy falls (measured, see docs/LOG.md).
     """
     return min((steps - 1) / steps, 15 / 16)
 

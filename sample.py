@@ -67,7 +67,7 @@ def check(sampler, label, model, checkpoint, out_dir):
 def format_trace(tokens, trace, encoding, color):
     """A line for each token: the trunk's guess, each change of guess and when, and its probability over the steps.
 
-    A star marks a token that the steps changed: the trunk alone (T = 1) would have written another.
+    A star marks a token other than the trunk's best: greedily decoded, one that the steps changed.
     """
     show = lambda token: repr(encoding.decode([token]))[1:-1]
     bold = (lambda s: f"\033[1;33m{s}\033[0m") if color else (lambda s: s)

@@ -60,7 +60,7 @@ class Config:
     input_scale: Literal["wiener", "unit"] = "wiener"  # how x_t enters the path; unit is the paper's
     time_scale: float = 1000.0      # factor on t before its sinusoidal features; the official code has 1
     gate_init: float = 1.0          # residual gates of the path at the start; the official code has 0
-    token_input: bool = True        # the path's input holds the context's last token too; the paper has x_t alone (then w_init=0)
+    token_input: bool = True        # the path's input holds the context's last token too; the paper has x_t alone: use w_init=0 with that
     w_init: float = 1.0             # weight w_d of the path at the start, for t > 0; the official code has 0
     stratified: bool = True         # draw t from equal bins over the micro-batch
     own_guess: float = 0.0          # share of positions whose x_t is built from the model's own guess
