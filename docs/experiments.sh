@@ -63,12 +63,10 @@ short base
 short w_init_0 --w_init=0
 short paper --w_init=0 --gate_init=0 --token_input=False --input_scale=unit --time_scale=1
 short gate_init_0 --gate_init=0
-short no_token --token_input=False --w_init=0
 short input_unit --input_scale=unit
 short time_scale_1 --time_scale=1
 short sigma_8 --sigma=8
 short independent_t --stratified=False
-short own_guess --own_guess=0.5
 
 # ------------------------------------------------------------------------------------------------------------- GSM8K's own text
 gsm() { train $1 config/l2d_gsm8k.py --batch_size=16 --dtype=bfloat16 --log_every=25 --eval_examples=200 "${@:2}"; }
