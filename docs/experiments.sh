@@ -54,11 +54,8 @@ done
 for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
     on val demo_l2d --steps=4,16 $option
 done
-# choices in training, validation problems, shorter training
-short() {
-    train short_$1 config/demo_l2d.py --steps=1500 --eval_every=1500 "${@:2}"
-    on val short_$1 --steps=2,16
-}
+# choices in training, shorter: their validation loss is in the last line of out/short_*/metrics.jsonl
+short() { train short_$1 config/demo_l2d.py --steps=1500 --eval_every=1500 "${@:2}"; }
 short base
 short w_init_0 --w_init=0
 short paper --w_init=0 --gate_init=0 --token_input=False --input_scale=unit --time_scale=1
@@ -81,7 +78,6 @@ for s in "" _s1 _s2; do
     on test gsm_l2d$s --limit=500 --exact_match=False --steps=1,2,16
     for control in gsm_lora$s gsm_finetune$s; do on test $control --limit=500 --exact_match=False --steps=1; done
 done
-on test gsm_l2d --limit=100 --steps=1,2
 
 run python results.py
 run python results.py --split=val
