@@ -276,7 +276,7 @@ def read_controls(config):
             control = {"config": {}, "rows": [{}]}
         same = {k: getattr(config, k) for k in ("temperature", "top_k", "votes", "limit")}
         if "strict" not in control["rows"][0] or any(control["config"][k] != v for k, v in same.items()):
-            raise UserError(f"error: the last evaluation in {name} on {config.split} is not one at the same settings; run: python evaluate.py "
+            raise UserError(f"error: no evaluation in {name} on {config.split}, or the last one had other settings; run: python evaluate.py "
                             f"--out_dir={name} --split={config.split} --steps=1 " + " ".join(f"--{k}={v}" for k, v in same.items()))
         controls.append((os.path.basename(name), control))
     return controls
