@@ -275,7 +275,8 @@ def measure_decoding(config, counts, dtype, device):
         samplers |= {f"{name}, shortlist {config.shortlist}": replace(s, shortlist=config.shortlist) for name, s in samplers.items() if s.steps > 2}
     baseline = transformers_gpt2(model.trunk) if config.baseline else None
     rng, n, results = np.random.default_rng(config.seed), config.new_tokens, {}
-    torch._dynamo.config.recompile_limit = 100                                # one graph for each sampler and batch
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 100                            # one graph for each sampler and batch
     for batch in config.numbers("batch"):
         prompts = rng.integers(SIZES[config.model].vocab_size, size=(batch, config.prompt)).tolist()
         variants = {name: partial(decode, model, prompts, n, sampler, config.compile) for name, sampler in samplers.items()}
@@ -286,7 +287,7 @@ def measure_decoding(config, counts, dtype, device):
         (bandwidth, flops), rows = peaks(seconds, work), {}
         for name in variants:
             (tokens, nfe), s, plain = said[name], seconds[name], seconds["plain"]
-            headless = nfe - 1 if "shortlist" in name else 0
+            headless = nfe - 1 if name in samplers and samplers[name].shortlist else 0
             floor = least_seconds(config, counts, batch, nfe, headless, bandwidth, flops)
             rows[name] = {"nfe": nfe, "tokens_per_s": spread(batch * n / x for x in s), "vs_plain": spread(x / p for x, p in zip(s, plain)),
                           "floor_vs_plain": 1 + nfe * counts["path_per_trunk"] - headless * counts["head_bytes"] / counts["trunk_bytes"],

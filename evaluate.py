@@ -11,7 +11,6 @@ McNemar test). Each answer is written to out_dir/eval as soon as it is there: a 
 stopped. A question that does not fit counts as wrong; none is dropped.
 """
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure
 from diffusion import Sampler, generate, teacher_forced
-from prepare_data import encode_prompt, load_manifest, load_split, write_file
+from prepare_data import encode_prompt, file_sha256, load_manifest, load_split, write_file
 from sample import check, load
 from train import batch_of
 
@@ -144,19 +143,21 @@ def sign_test(gained, lost):
 
 
 # -------------------------------------------------------------------------------------------------- running
+def read_records(path):
+    """{problem: its scored answer} of a file that answers writes; none where there is no file, and without a last line cut by a kill."""
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        return {record["id"]: record for record in (json.loads(line) for line in file if line.endswith("\n"))}
+
+
 def answers(config, sampler, model, encoding, data, n, labels, path):
     """The scored answer of each of the first n problems, a list of dicts in order; those already in path are kept.
 
     With votes = k it is the majority of k samples, whose tokens, path calls and seconds are summed.
     """
-    done, k = {}, config.votes
+    done, k = read_records(path), config.votes
     size = max(1, config.batch_size // k)                                     # problems in a batch, k rows each
-    if os.path.exists(path):
-        with open(path) as file:
-            for line in file:
-                if line.endswith("\n"):                                       # a kill may have cut the last line
-                    record = json.loads(line)
-                    done[record["id"]] = record
     block_size = model.trunk.config.block_size
     prompts = [encode_prompt(encoding, problem.question) for problem in data.problems[:n]]
     todo = sorted((i for i in range(n) if i not in done), key=lambda i: len(prompts[i]))
@@ -190,11 +191,15 @@ def answers(config, sampler, model, encoding, data, n, labels, path):
 KINDS = ["result", "number", "rest"]    # of a target: a number that follows an "=", another number, all else
 
 
-def teacher_forced_numbers(config, sampler, model, encoding, data, n, labels):
+def equals_and_digits(encoding, device):
+    """Which tokens end with an "=", and which are numbers, each (V_size,) bool: what the KINDS are told by."""
+    texts = [encoding.decode([i]) for i in range(encoding.n_vocab)]
+    return torch.tensor([t.endswith("=") for t in texts], device=device), torch.tensor([t.strip().isdecimal() for t in texts], device=device)
+
+
+def teacher_forced_numbers(config, sampler, model, equals, digits, data, n, labels):
     """Mean token accuracy and -log p of the true answers, every target given its true context; accuracy and path calls by kind."""
     device = model.trunk.wte.weight.device
-    texts = [encoding.decode([i]) for i in range(encoding.n_vocab)]
-    equals, digits = (torch.tensor(z, device=device) for z in ([t.endswith("=") for t in texts], [t.strip().isdecimal() for t in texts]))
     sums = torch.zeros(4, len(KINDS), dtype=torch.float64, device=device)     # targets, right ones, -log p, path calls; by kind
     fits = [i for i in range(n) if data.offsets[i + 1] - data.offsets[i] - 1 <= model.trunk.config.block_size]
     for start in range(0, len(fits), config.batch_size):
@@ -243,11 +248,20 @@ def show(rows):
     return "\n".join(lines)
 
 
-def plot(path, results, controls):
-    """Accuracy against path calls per token with 95% intervals; controls [(name, results)] as lines."""
-    import matplotlib
+def pyplot(option):
+    """matplotlib.pyplot, drawing to files. Raises UserError, naming the option that asks for it, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(f"error: {option} needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def plot(path, results, controls):
+    """Accuracy against path calls per token with 95% intervals; controls [(name, results)] as lines."""
+    plt = pyplot("--plot")
     rows = results["rows"]
     x, y = [r["nfe"] for r in rows], [r["strict"] for r in rows]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -265,16 +279,14 @@ def plot(path, results, controls):
 
 def read_controls(config):
     """[(name, results)] of the out_dirs in config.controls, evaluated before; and a check that matplotlib is there."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("error: --plot needs matplotlib: pip install matplotlib")
-    controls = []
+    pyplot("--plot")                                                          # rather now than after the work
+    controls, same = [], {k: getattr(config, k) for k in ("temperature", "top_k", "votes", "limit")}
     for name in filter(None, config.controls.split(",")):
         try:
             with open(os.path.join(name, "eval", f"{config.split}.json")) as file:
                 control = json.load(file)
         except OSError:
             control = {"config": {}, "rows": [{}]}
-        same = {k: getattr(config, k) for k in ("temperature", "top_k", "votes", "limit")}
         if "strict" not in control["rows"][0] or any(control["config"][k] != v for k, v in same.items()):
             raise UserError(f"error: no evaluation in {name} on {config.split}, or the last one had other settings; run: python evaluate.py "
                             f"--out_dir={name} --split={config.split} --steps=1 " + " ".join(f"--{k}={v}" for k, v in same.items()))
@@ -289,12 +301,6 @@ def commit():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:                                                           # no git here
         return ""
-
-
-def sha256(path):
-    """The hash of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv=None):
@@ -318,14 +324,15 @@ def main(argv=None):
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
         raise UserError(f"error: cannot write to {folder}: {e.strerror}")
-    weights = sha256(os.path.join(config.out_dir, f"{config.checkpoint}.pt"))
+    weights = file_sha256(os.path.join(config.out_dir, f"{config.checkpoint}.pt"))
     same = {k: v for k, v in asdict(config).items() if k not in ("steps", "limit", "batch_size", "mistakes", "plot", "controls", "out_dir", "data_dir")}
-    problems = sha256(os.path.join(data_dir, f"{config.split}.jsonl"))
+    problems = file_sha256(os.path.join(data_dir, f"{config.split}.jsonl"))
     key = hashlib.sha256(json.dumps([same, weights, problems], sort_keys=True).encode()).hexdigest()[:8]
 
+    equals, digits = equals_and_digits(encoding, model.trunk.wte.weight.device)
     rows, first, before = [], None, None
     for sampler in samplers:
-        row = {"steps": sampler.steps, "solver": sampler.solver} | teacher_forced_numbers(config, sampler, model, encoding, data, n, labels)
+        row = {"steps": sampler.steps, "solver": sampler.solver} | teacher_forced_numbers(config, sampler, model, equals, digits, data, n, labels)
         if config.exact_match:
             path = os.path.join(folder, f"{config.split}_{key}_steps{sampler.steps}.jsonl")
             records = answers(config, sampler, model, encoding, data, n, labels, path)

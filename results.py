@@ -11,7 +11,6 @@ McNemar's test has one pair for each problem: gained where more seeds are right 
 seeds share problems, and at T = 1 a trunk, so that counting each seed's pairs by themselves would count the same evidence several times.
 """
 import glob
-import importlib.util
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import evaluate
 from configurator import UserError, configure
-from evaluate import KINDS, mcnemar, sign_test, wilson
+from evaluate import KINDS, mcnemar, pyplot, read_records, sign_test, wilson
 from prepare_data import write_file
 
 DEFAULTS = {f.name: f.default for f in fields(evaluate.Config)}
@@ -78,10 +77,8 @@ def read_runs(split):
 
 def outcomes(run, steps):
     """Which of the run's n problems were strictly right, a list of bool in order, or None where not all answers are there."""
-    path = Path(run["path"].removesuffix(".json") + f"_steps{steps}.jsonl")
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    strict = {r["id"]: r["strict"] for r in (json.loads(line) for line in lines if line.endswith("\n"))}   # a kill may have cut the last
-    return [strict[i] for i in range(run["n"])] if all(i in strict for i in range(run["n"])) else None
+    records = read_records(run["path"].removesuffix(".json") + f"_steps{steps}.jsonl")
+    return [records[i]["strict"] for i in range(run["n"])] if all(i in records for i in range(run["n"])) else None
 
 
 # --------------------------------------------------------------------------------------------- statistics
@@ -90,16 +87,15 @@ def over_seeds(values):
     return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None, "values": values}
 
 
-def paired(seeds, steps, other):
-    """Strict exact match at steps against other, over the seeds that have both: problems gained and lost, p; each seed's alone.
-    None where answers are missing."""
-    pairs = [(outcomes(run, other), outcomes(run, steps)) for run in seeds.values()
-             if {steps, other} <= {row["steps"] for row in run["rows"]}]
+def paired(first, second):
+    """Strict exact match of second against first, each {seed: outcomes}, over the seeds in both: problems gained and lost, p; each
+    seed's alone. None where answers are missing."""
+    pairs = [(first[seed], second[seed]) for seed in second if seed in first]
     if not pairs or None in sum(pairs, ()):
         return None
     before, after = ([sum(seed) for seed in zip(*side)] for side in zip(*pairs))      # of each problem: how many seeds are right
     gained, lost = sum(b > a for a, b in zip(before, after)), sum(b < a for a, b in zip(before, after))
-    return {"steps": other, "gained": gained, "lost": lost, "p": sign_test(gained, lost), "each": [mcnemar(a, b) for a, b in pairs]}
+    return {"gained": gained, "lost": lost, "p": sign_test(gained, lost), "each": [mcnemar(a, b) for a, b in pairs]}
 
 
 def summarize(seeds):
@@ -108,13 +104,14 @@ def summarize(seeds):
     for seed, run in sorted(seeds.items()):
         for row in run["rows"]:
             found.setdefault(row["steps"], {})[seed] = row
+    right = {steps: {seed: outcomes(seeds[seed], steps) for seed in by_seed} for steps, by_seed in found.items()}
     for steps, by_seed in sorted(found.items()):
         row = {"steps": steps, "seeds": list(by_seed)}
         row |= {k: over_seeds([r[k] for r in by_seed.values()]) for k in NUMBERS if all(k in r for r in by_seed.values())}
         row["by_kind"] = {kind: {k: over_seeds([r["by_kind"][kind][k] for r in by_seed.values()]) for k in ("accuracy", "nfe")} for kind in KINDS}
         for name, other in (("vs_one", 1), ("vs_second", min((s for s in found if s > 1), default=steps))):
-            if other in found and steps > other and (pairs := paired(seeds, steps, other)):
-                row[name] = pairs
+            if other in found and steps > other and (pairs := paired(right[other], right[steps])):
+                row[name] = {"steps": other} | pairs
         rows.append(row)
     runs = [{"seed": seed} | {k: run[k] for k in RECORDED} for seed, run in sorted(seeds.items())]
     first = next(iter(seeds.values()))                                        # all have the same settings and n
@@ -153,11 +150,7 @@ def table(name, group):
 
 def draw(config):
     """Exact match against steps, from the JSON file alone: points with their spread and a dot for each seed; controls as lines."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("error: --draw needs matplotlib: pip install matplotlib")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot("--draw")
     try:
         data = json.loads(Path(config.draw).read_text())
         assert "groups" in data, "it has no groups"

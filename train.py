@@ -261,7 +261,7 @@ def draw_noise(config, model, targets, label, generator):
     n, device = int((targets >= 0).sum()), targets.device
     t, x_0 = diffusion.draw(n, model.path.config, generator, config.stratified)
     drop = torch.rand(len(label), generator=generator, device=device) < config.label_dropout
-    label = torch.where(drop, model.no_label, label)              # per example, not per position
+    label = torch.where(drop, model.no_label, label)                          # per example, not per position
     own_guess = None
     if config.own_guess:
         own_guess = torch.rand(n, generator=generator, device=device)
