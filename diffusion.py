@@ -6,10 +6,11 @@ The diffusion of L2D: noising, loss, velocity, solvers, guidance and Algorithm 1
 A language model predicts the next token from the context c alone; that is one step of diffusion, taken at
 t = 0 where x_t carries nothing. L2D goes on: the guess moves x_t towards the guessed token's embedding, and
 the path looks again, now with x_t in hand. Symbols and shapes are those of model.py, but T, here and in README, counts
-evaluations of the model for one token (`steps`); "Eq." is the paper's.
+evaluations of the model for one token (`steps`); "Eq." is the paper's. Training predicts at N positions, sampling at the last of B rows.
 
-A denoiser f is anything that maps (x_t, t) to x_1_hat (B, D), an estimate of x_1: the embedding of the most probable token, or the
-mean over all. The solvers know nothing else, so tests can hand them fields with a known solution.
+A denoiser, `f` of the solvers, is anything that maps (x_t, t) to x_1_hat (B, D), an estimate of x_1: the embedding of the most probable
+token, or the mean over all (the paper's f(x_t, t, c), which gives logits, is L2D.forward). The solvers know nothing else, so tests can
+hand them fields with a known solution.
 """
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -112,8 +113,8 @@ SOLVERS = (*STEP, "adaptive")
 def last_time(steps):
     """The time of the last of `steps` evaluations, where nothing else is asked for (deviation 6): (steps - 1) / steps, at most 15/16.
 
-    At 1 an Euler grid would end on x_t = V_guess exactly, where the model can only repeat its guess. Above 15/16 x_t shows the guess,
-    right or wrong, to a path that was trained on x_t built from the truth, and accuracy falls (measured, see docs/LOG.md).
+    At 1 an Euler grid would end on x_t = V_guess exactly, which holds nothing but the guess. Above 15/16 x_t shows the guess, right or
+    wrong, to a path that was trained on x_t built from the truth, and accuracy falls (measured, see docs/LOG.md).
     """
     return min((steps - 1) / steps, 15 / 16)
 
@@ -126,13 +127,12 @@ def time_grid(n, t_end, shift=1.0):
     return [t_end * (shift * i / (n - i + shift * i)) for i in range(n + 1)] if n else [0.0]
 
 
-def integrate(f, x, steps, solver="euler", t_end=None, shift=1.0):
+def integrate(f, x, steps, solver, t_end, shift=1.0):
     """Spend steps - 1 evaluations of f on the way from x at t = 0 (heun to t = 1: steps - 2), and return (x, t) for the last.
 
     A two-evaluation solver with an odd number to spend takes its first interval by Euler. t_end is the time
-    of the last evaluation, by default last_time(steps).
+    of the last evaluation.
     """
-    t_end = last_time(steps) if t_end is None else t_end
     cost = 1 if solver == "euler" else 2
     n_whole, n_euler = divmod(steps - 1, cost)
     times = time_grid(n_whole + n_euler, t_end, shift)
@@ -142,18 +142,17 @@ def integrate(f, x, steps, solver="euler", t_end=None, shift=1.0):
     return x, times[-1]
 
 
-def adaptive(f, x, steps, tol=0.1, t_end=None, first_step=0.25):
+def adaptive(f, x, steps, tol, t_end, first_step=0.25):
     """Heun's error estimate steering Euler steps, for each row on its own (deviation 7): its own t, dt, error and evaluations.
 
     With slope v at (x, t), the trial x' = x + dt v is evaluated at t + dt, which gives the slope v' there.
     Heun and Euler differ by e = dt/2 |v' - v| / sqrt(D): if e <= tol the row moves to x', with v' already known,
     so that an accepted step costs one evaluation; else it tries again with a smaller dt. With argmax guesses the
     field is piecewise constant and e is 0 exactly when the guess has not changed.
-    A row ends at t_end (default last_time(steps)) or when its `steps` evaluations are spent: whichever comes
+    A row ends at t_end or when its `steps` evaluations are spent: whichever comes
     first, its last evaluation is the prediction. f(x, t, rows) is asked for the rows (B,) bool only; t is (B,).
     Returns x and t (B,), where each row stands.
     """
-    t_end = last_time(steps) if t_end is None else t_end
     t = torch.zeros(len(x), device=x.device)
     dt = torch.full_like(t, first_step)
     rows = torch.full_like(t, steps > 1, dtype=torch.bool)
@@ -325,7 +324,7 @@ def predict(f, x_0, sampler):
     """
     if sampler.steps == 1:
         return f.logits                                                       # the trunk's
-    t_end = sampler.t_end or None
+    t_end = sampler.t_end or last_time(sampler.steps)
     if sampler.solver == "adaptive":
         adaptive(f, x_0, sampler.steps, sampler.tol, t_end)                   # its last evaluation was the last
     else:
@@ -416,13 +415,13 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
             predict_next = compiled_next_token(V, tables, cache)
         token, h = token.clone(), None          # a CUDA graph will overwrite its output; from here on the trunk reads token
 
-        going, ys, calls, ats = [], token.tolist(), nfe.tolist(), pos.tolist()
+        going, ys, calls, positions = [], token.tolist(), nfe.tolist(), pos.tolist()
         for i in live:
             o = out[rows[i]]
             o.predicted, o.nfe, o.ended = o.predicted + 1, o.nfe + calls[i], ys[i] == eot
             if not o.ended:
                 o.tokens.append(ys[i])
-                if ats[i] + 1 < block_size:
+                if positions[i] + 1 < block_size:
                     going.append(i)
             if trace:
                 o.trace.append(traces[i])

@@ -257,7 +257,7 @@ class PathConfig:
     x_dim: int = 256                # D, the size of the token space
     t_dim: int = 256                # width of the time embedding and of the modulation heads
     sigma: float = 64.0             # standard deviation of the noise x_0
-    input_scale: str = "wiener"     # how x_t enters: wiener (linear estimate of x_1) or unit (unit variance, paper)
+    input_scale: str = "wiener"     # how x_t enters: wiener (linear estimate of x_1) or unit (unit variance; official code)
     time_scale: float = 1000.0      # t is multiplied by this before its sinusoidal features (official code: 1)
     gate_init: float = 1.0          # deviation 2: residual gates of the path at the start (official code: 0)
     token_input: bool = True        # deviation 2: add the context's last token to the path's input (paper: x_t alone)
@@ -348,7 +348,7 @@ class DiffusionPath(nn.Module):
 
     trunk: a GPT, read for the initial weights. Zero at the start: the shifts and scales, and what x_t adds to the
     input. So a fresh path computes the trunk's own states, added to the trunk's they keep their direction, and the pair
-    predicts what the trunk does at every t (deviation 2; with token_input=False, gate_init=0, w_init=0 it starts as in the paper).
+    predicts what the trunk does at every t (deviation 2; with token_input=False, gate_init=0, w_init=0 it starts as in the official code).
     """
     def __init__(self, trunk, config):
         super().__init__()
@@ -365,10 +365,11 @@ class DiffusionPath(nn.Module):
 
     @torch.no_grad()
     def init_w_d(self):
-        """w_d(t) about w_init on (0, 1]: the least-squares fit of 1 by the differences w's last layer has to work with.
+        """Make w_d(t) about w_init for t in (0, 1], in every channel.
 
-        It rises from 0 at t = 0, in the first hundredth with time_scale 1000, and slowly with 1. From 0 everywhere it would
-        take either sign by chance, and a negative one makes the path undo the trunk.
+        w_d(t) = A (hidden(t) - hidden(0)) is linear in A, the last layer of w, so A follows by least squares. It rises from 0 at t = 0 within
+        the first hundredth (time_scale 1000; slowly with 1). From A = 0 it would take either sign by chance, and a negative one makes the
+        path undo the trunk.
         """
         hidden = self.w[:2](self.time_embedding(torch.linspace(0, 1, 1001), torch.tensor(self.config.n_labels)))   # (1001, E)
         fit = torch.linalg.pinv(hidden[1:] - hidden[0], rtol=0.01).sum(1)     # (E,)

@@ -33,6 +33,7 @@ for s in "" _s1 _s2; do
     on test demo_l2d$s --steps=1,16 --stop=0.9
     on test demo_l2d$s --steps=1,2,4,16 --temperature=1
     on test demo_l2d$s --steps=1,3,15 --temperature=1 --solver=midpoint --t_end=1       # the paper's protocol
+    on test demo_l2d$s --steps=3,15 --temperature=1 --t_end=1                           # the same times by Euler
     on test demo_l2d_lora$s --steps=1,2,4,16
     on test demo_l2d_on_lora$s --steps=1,2,4,16
     for control in demo_lora$s demo_finetune$s; do
@@ -46,24 +47,31 @@ done
 # the trunk with majority vote, at the measured time of 16 steps; samples the seed of the trunk, which is one
 on test demo_trunk --steps=1 --temperature=0.7 --votes=10
 # L2D on the labels, validation problems: guidance towards the right label, and a wrong one
-for guidance in 1 2 4; do
-    on val demo_l2d --steps=4 --guidance=$guidance --use_label
-    on val demo_l2d --steps=4 --guidance=$guidance --label=2              # "3 steps" for all: wrong for about half
+for s in "" _s1 _s2; do
+    for guidance in 1 2 4; do
+        on val demo_l2d$s --steps=4 --guidance=$guidance --use_label
+        on val demo_l2d$s --steps=4 --guidance=$guidance --label=2          # "3 steps" for all: wrong for about half
+    done
 done
 # choices at inference, validation problems
 for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
     on val demo_l2d --steps=4,16 $option
 done
 # choices in training, shorter: their validation loss is in the last line of out/short_*/metrics.jsonl
-short() { train short_$1 config/demo_l2d.py --steps=1500 --eval_every=1500 "${@:2}"; }
-short base
-short w_init_0 --w_init=0
-short paper --w_init=0 --gate_init=0 --token_input=False --input_scale=unit --time_scale=1
-short gate_init_0 --gate_init=0
-short input_unit --input_scale=unit
-short time_scale_1 --time_scale=1
-short sigma_8 --sigma=8
-short independent_t --stratified=False
+short() { train short_$1$s config/demo_l2d.py --seed=${s#_s} --steps=1500 --eval_every=1500 "${@:2}"; }
+for s in _s0 _s1 _s2; do
+    short base
+    short w_init_0 --w_init=0
+    short paper --w_init=0 --gate_init=0 --token_input=False --input_scale=unit --time_scale=1
+    short gate_init_0 --gate_init=0
+    short no_token --token_input=False
+    short input_unit --input_scale=unit
+    short time_scale_1 --time_scale=1
+    short sigma_8 --sigma=8
+    short own_guess --own_guess=0.5
+    short no_labels --label_dropout=1
+    short independent_t --stratified=False
+done
 
 # ------------------------------------------------------------------------------------------------------------- GSM8K's own text
 gsm() { train $1 config/l2d_gsm8k.py --batch_size=16 --dtype=bfloat16 --log_every=25 --eval_examples=200 "${@:2}"; }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import diffusion
 from configurator import UserError
-from diffusion import (Denoiser, Sampler, adaptive, choose, draw, generate, integrate, nll, noise, row_noise, sample_t,
+from diffusion import (Denoiser, Sampler, adaptive, choose, draw, generate, integrate, last_time, nll, noise, row_noise, sample_t,
                        teacher_forced, time_grid, velocity)
 from model import GPT, GPTConfig, L2D, PathConfig, build
 
@@ -111,12 +111,12 @@ class Field:
 def test_a_constant_guess_gives_the_straight_line(solver, t_end, shift):
     x_0, x_1 = 64 * torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     for steps in range(2, 18):
-        x, t = integrate(lambda x, t: x_1, x_0, steps, solver, t_end, shift)
+        x, t = integrate(lambda x, t: x_1, x_0, steps, solver, t_end or last_time(steps), shift)
         assert t == pytest.approx(min(1 - 1 / steps, 0.9375) if t_end is None else t_end, abs=1e-12)
         torch.testing.assert_close(x, (1 - t) * x_0 + t * x_1, atol=1e-9, rtol=1e-9)
         if t_end == 1:
             torch.testing.assert_close(x, x_1, atol=1e-9, rtol=1e-9)
-    x, t = integrate(lambda x, t: 1 / 0, x_0, 1, solver)
+    x, t = integrate(lambda x, t: 1 / 0, x_0, 1, solver, 0.5)
     assert t == 0 and torch.equal(x, x_0)
 
 
@@ -126,7 +126,7 @@ def test_a_constant_guess_gives_the_straight_line(solver, t_end, shift):
 def test_evaluations_spent(solver, t_end, shift):
     for steps in range(2, 18):
         f = Field(lambda x, t: torch.sin(x))
-        x, t = integrate(f, torch.ones(2, 3), steps, solver, t_end, shift)
+        x, t = integrate(f, torch.ones(2, 3), steps, solver, t_end or last_time(steps), shift)
         saved = solver == "heun" and t_end == 1 and steps > 2               # its last slope would be the one at t = 1
         assert len(f.times) == steps - 1 - saved
         assert f.times[0] == 0 and f.times == sorted(f.times) and f.times[-1] < 1
@@ -224,13 +224,13 @@ def test_adaptive_steps_each_row_on_its_own():
 def test_adaptive_keeps_to_its_budget(steps):
     """The evaluation that is read counts too: never more than `steps` of them, and a row that needs them all gets them."""
     f = Flips([0.01, 0.4, 2.0])
-    x, t = adaptive(f, torch.ones(3, 4), steps, tol=1e-6)
+    x, t = adaptive(f, torch.ones(3, 4), steps, tol=1e-6, t_end=last_time(steps))
     assert f.n.max() <= steps and (t < 1).all() and torch.isfinite(x).all()
     assert f.n[0] == steps                                                   # the row that is refused spends all of it
     assert t[2] == f.latest[2] or f.n[2] == steps
 
 
-@pytest.mark.parametrize("t_end", [None, 0.5, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("t_end", [0.5, 0.9, 15 / 16, 0.95, 1.0])
 def test_adaptive_ends_at_t_end(t_end):
     steps, seen = 30, []
     def f(x, t, rows=None):
@@ -239,7 +239,7 @@ def test_adaptive_ends_at_t_end(t_end):
         assert torch.isfinite(seen[-1]).all()
         return gaussian_denoiser(x, t)
     x, t = adaptive(f, torch.randn(3, 1, generator=generator()), steps, 0.05, t_end)
-    assert (t == torch.tensor(15 / 16 if t_end is None else t_end)).all()
+    assert (t == torch.tensor(t_end)).all()
     assert torch.isfinite(x).all()
 
 
