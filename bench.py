@@ -46,6 +46,7 @@ import train
 from configurator import UserError, configure
 from diffusion import SOLVERS, Sampler
 from model import GPT, GPT2_SIZES, GPTConfig, PathConfig, build, dtype_name
+from packed import pack
 
 SIZES = GPT2_SIZES | {"tiny": GPTConfig(vocab_size=1024, n_layer=2, n_head=2, n_embd=64)}
 
@@ -274,6 +275,8 @@ def measure_decoding(config, counts, dtype, device):
     if config.shortlist:
         samplers |= {f"{name}, shortlist {config.shortlist}": replace(s, shortlist=config.shortlist) for name, s in samplers.items() if s.steps > 2}
     baseline = transformers_gpt2(model.trunk) if config.baseline else None
+    if not config.compile:
+        pack(model)                                                           # as sample.py does
     rng, n, results = np.random.default_rng(config.seed), config.new_tokens, {}
     if config.compile:
         torch._dynamo.config.recompile_limit = 100                            # one graph for each sampler and batch

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure
 from diffusion import Sampler, generate, teacher_forced
+from packed import pack
 from prepare_data import encode_prompt, file_sha256, load_manifest, load_split, write_file
 from sample import check, load
 from train import batch_of
@@ -310,6 +311,7 @@ def main(argv=None):
     samplers = config.samplers()
     for sampler in samplers:
         check(sampler, None if config.use_label else config.label, model, checkpoint, config.out_dir)
+    pack(model)
     data_dir = config.data_dir or checkpoint["config"]["data_dir"]
     manifest = load_manifest(data_dir)
     if manifest["fingerprint"] != checkpoint["tokenizer"]["fingerprint"]:

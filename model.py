@@ -188,12 +188,15 @@ class GPT(nn.Module):
             kv.append(pair)
         return x, kv
 
+    def lm_head(self, h):
+        return F.linear(h, self.wte.weight)                                   # tied to the embedding
+
     def head(self, h, words=None):
         """(..., C) -> logits (..., V_size); of h (N, C) and a list of token ids for each row, words (N, k), only theirs, (N, k)."""
         h = self.ln_f(h)
         if words is not None and words.numel() < len(self.wte.weight):        # else fetching them reads more than the whole head
             return (self.wte.weight[words] @ h[:, :, None])[:, :, 0]
-        logits = F.linear(h, self.wte.weight)
+        logits = self.lm_head(h)
         return logits if words is None else logits.gather(1, words)
 
     def add_lora(self, rank, alpha):

@@ -16,6 +16,7 @@ import torch
 from configurator import UserError, configure
 from diffusion import Sampler, generate
 from model import device_kind, dtype_name, load_checkpoint, model_from_checkpoint
+from packed import pack
 from prepare_data import encode_prompt, fingerprint, load_tokenizer
 
 QUESTION = "Jack buys 5 trays of 10 lemons each. He throws 45 lemons away. How many lemons does Jack have now?"
@@ -99,6 +100,8 @@ def main(argv=None):
     if len(prompt) > model.trunk.config.block_size:
         raise UserError(f"error: the prompt has {len(prompt)} tokens, more than the {model.trunk.config.block_size} positions of the model; shorten it")
     label = None if config.label == -1 else [config.label] * config.num_samples
+    if not config.compile:
+        pack(model)
     start = time.time()
     outputs = generate(model, [prompt] * config.num_samples, encoding.eot_token, config.max_new_tokens, sampler, label,
                        config.seed, trace=config.trace, compile=config.compile)
