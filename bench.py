@@ -337,9 +337,9 @@ class Trainee:
 
     def __call__(self):
         idx, targets, label = self.batch
-        label, t, x_0, own_guess = train.draw_noise(self.settings, self.model, targets, label, train.generator_for(self.device, 0))
+        label, t, x_0, times = train.draw_noise(self.settings, self.model, targets, label, train.generator_for(self.device, 0))
         with self.autocast, sdpa_kernel(self.kernels):
-            loss = diffusion.nll(self.model, idx, targets, label, t, x_0, own_guess).mean()
+            loss = diffusion.nll(self.model, idx, targets, label, t, x_0, times).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, self.settings.grad_clip)
         self.optimizer.step()

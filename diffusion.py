@@ -51,13 +51,12 @@ def draw(n, path_config, generator, stratified=True):
     return t, x_0
 
 
-def nll(model, idx, targets, label, t=None, x_0=None, own_guess=None):
+def nll(model, idx, targets, label, t=None, x_0=None, times=None):
     """Eq. 3: -log f(x_t, t, c)_y at each target, float32 (N,); the caller sums and weighs.
 
     idx (B, T) tokens; targets (B, T) the next token of each, -1 where none counts, in row order N of them;
-    label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. own_guess (N,), if given, in [0, 1):
-    where it is > 0, x_t is built as in sampling, from the model's own guess at the earlier time s = own_guess * t
-    rather than from the truth (y stays the target). Without a path: plain cross-entropy of the trunk.
+    label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. times, if given, instead of t: the model is unrolled
+    (see unrolled). Without a path: plain cross-entropy of the trunk.
     """
     at = (targets >= 0).nonzero(as_tuple=True)                                # (rows, cols), each (N,)
     y = targets[at]                                                           # (N,)
@@ -65,17 +64,28 @@ def nll(model, idx, targets, label, t=None, x_0=None, own_guess=None):
     if model.path is None:
         return F.cross_entropy(model.trunk.head(c.h).float(), y, reduction="none")
     label = label[at[0]]
-    x_1 = model.embed(y)                                                      # (N, D)
-    x_t = noise(x_1, x_0, t)
-    if own_guess is not None:
-        with torch.no_grad():
-            s = own_guess * t
-            x_s = noise(x_1, x_0, s)
-            guess = model(x_s, s, c, label).argmax(-1)
-            x_t_own = x_s + (t - s)[:, None] * velocity(x_s, s, model.embed(guess))   # one Euler step, as in sampling
-        x_t = torch.where(own_guess[:, None] > 0, x_t_own, x_t)
-    logits = model(x_t, t, c, label)                                          # (N, V_size)
+    if times is not None:
+        logits = unrolled(model, x_0, times, c, label)
+    else:
+        x_1 = model.embed(y)                                                  # (N, D)
+        x_t = noise(x_1, x_0, t)
+        logits = model(x_t, t, c, label)                                      # (N, V_size)
     return F.cross_entropy(logits.float(), y, reduction="none")
+
+
+def unrolled(model, x_0, times, c, label):
+    """Logits (N, V_size) of the last evaluation of Algorithm 1, differentiable through all of them (deviation 12).
+
+    Euler from x_0 (N, D) through times (0, ..., t_end), with the mean x_1_hat: x_t is built from what the model guessed, as in
+    sampling, and what a guess is good for is what the last prediction makes of it.
+    """
+    V = model.embed(slice(None))                                              # (V_size, D)
+    x_t, logits = x_0, model.trunk.head(c.h)                                  # at t = 0 the trunk's
+    for a, b in pairwise(times):
+        x_1_hat = logits.float().softmax(-1) @ V                              # (N, D)
+        x_t = x_t + (b - a) * velocity(x_t, a, x_1_hat)
+        logits = model(x_t, x_t.new_full((len(x_t),), b), c, label)
+    return logits
 
 
 # ------------------------------------------------------------------------------------------------ solvers

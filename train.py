@@ -63,7 +63,9 @@ class Config:
     token_input: bool = True        # the path's input holds the context's last token too; the paper has x_t alone: use w_init=0 with that
     w_init: float = 1.0             # weight w_d of the path at the start, for t > 0; the official code has 0
     stratified: bool = True         # draw t from equal bins over the micro-batch
-    own_guess: float = 0.0          # share of positions whose x_t is built from the model's own guess
+    unroll: int = 0                 # train through Algorithm 1: x_t from 1 to so many of the model's own mean guesses; 0 = x_t from the truth
+    unroll_t_end: float = 0.9       # time of its last evaluation, and
+    unroll_shift: float = 3.0       # its time grid; to be sampled with --t_end and --shift of the same values and --guess=mean
     label_dropout: float = 0.2      # share of examples trained without their guidance label
     # optimisation
     steps: int = 3000               # optimizer steps
@@ -89,7 +91,7 @@ class Config:
 
     def __post_init__(self):
         at_least = dict(steps=1, batch_size=1, grad_accum=1, eval_every=1, eval_examples=1, log_every=1, block_size=2,
-                        lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0, own_guess=0, label_dropout=0, min_lr=0, seed=0)
+                        lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0, unroll=0, label_dropout=0, min_lr=0, seed=0)
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise UserError(f"error: {name}={getattr(self, name)}, but it must be at least {low}")
@@ -101,9 +103,10 @@ class Config:
             raise UserError(f"error: warmup={self.warmup} steps is not shorter than the training, steps={self.steps}")
         if self.sigma <= 0 or self.learning_rate <= 0:
             raise UserError(f"error: sigma={self.sigma} and learning_rate={self.learning_rate} must be above 0")
-        for name in ("own_guess", "label_dropout"):
-            if getattr(self, name) > 1:
-                raise UserError(f"error: {name}={getattr(self, name)}, but it is a share and must be at most 1")
+        if self.label_dropout > 1:
+            raise UserError(f"error: label_dropout={self.label_dropout}, but it is a share and must be at most 1")
+        if not 0 < self.unroll_t_end <= 1 or self.unroll_shift <= 0:
+            raise UserError(f"error: unroll_t_end={self.unroll_t_end} must be in (0, 1] and unroll_shift={self.unroll_shift} above 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"error: {name}={getattr(self, name)}, but it must be at least 0 and below 1")
@@ -256,18 +259,20 @@ def generator_for(device, *key):
 
 
 def draw_noise(config, model, targets, label, generator):
-    """What one micro-batch draws: labels after dropout (B,), t (N,), x_0 (N, D), own_guess (N,) or None."""
+    """What one micro-batch draws: labels after dropout (B,), t (N,), x_0 (N, D), and for unrolled training the times of 1 to config.unroll
+    path calls, or None."""
     if model.path is None:
         return label, None, None, None
     n, device = int((targets >= 0).sum()), targets.device
     t, x_0 = diffusion.draw(n, model.path.config, generator, config.stratified)
     drop = torch.rand(len(label), generator=generator, device=device) < config.label_dropout
     label = torch.where(drop, model.no_label, label)                          # per example, not per position
-    own_guess = None
-    if config.own_guess:
-        own_guess = torch.rand(n, generator=generator, device=device)
-        own_guess = own_guess * (torch.rand(n, generator=generator, device=device) < config.own_guess)
-    return label, t, x_0, own_guess
+    times = None
+    if config.unroll:
+        n_calls = int((config.unroll + 1) ** torch.rand((), generator=generator, device=device))   # few as often as many: uniform in the logarithm
+        times = diffusion.time_grid(n_calls, config.unroll_t_end, config.unroll_shift)
+        t = torch.full_like(t, times[-1])
+    return label, t, x_0, times
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -284,15 +289,15 @@ def evaluate(model, data, ids, config, ranks, autocast):
     for start in range(ranks.rank * 32, len(ids), ranks.world * 32):
         idx, targets, label = batch_of(data, ids[start:start + 32], ranks.device)
         label = torch.full_like(label, model.no_label)
-        _, t, x_0, _ = draw_noise(config, model, targets, label, generator_for(ranks.device, 1, config.seed, start))
+        _, t, x_0, times = draw_noise(config, model, targets, label, generator_for(ranks.device, 1, config.seed, start))
         with autocast:
             trunk_loss = diffusion.nll(trunk_only, idx, targets, label)
-            loss = diffusion.nll(model, idx, targets, label, t, x_0) if model.path else trunk_loss
+            loss = diffusion.nll(model, idx, targets, label, t, x_0, times) if model.path else trunk_loss
         sums[0, -1] += trunk_loss.sum()
         sums[0, -2] += loss.sum()
         sums[1, -2:] += len(loss)
         if model.path:
-            bins = (t * N_BINS).long()
+            bins = (t * N_BINS).long().clamp(max=N_BINS - 1)
             sums[0].index_add_(0, bins, loss.double())
             sums[1].index_add_(0, bins, torch.ones_like(loss).double())
     mean = (ranks.sum(sums)[0] / sums[1]).tolist()
@@ -400,9 +405,9 @@ class Run:
         for micro in range(self.ranks.rank, len(micro_batches), self.ranks.world):
             idx, targets, label = batch_of(train, micro_batches[micro], self.device)
             generator = generator_for(self.device, 0, config.seed, self.step, micro)
-            label, t, x_0, own_guess = draw_noise(config, self.model, targets, label, generator)
+            label, t, x_0, times = draw_noise(config, self.model, targets, label, generator)
             with self.autocast, sdpa_kernel(self.kernels):
-                loss = diffusion.nll(self.model, idx, targets, label, t, x_0, own_guess).sum() / n_targets
+                loss = diffusion.nll(self.model, idx, targets, label, t, x_0, times).sum() / n_targets
             self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         self.ranks.sum_grads(self.params)

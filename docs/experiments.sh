@@ -68,7 +68,6 @@ for s in _s0 _s1 _s2; do
     short input_unit --input_scale=unit
     short time_scale_1 --time_scale=1
     short sigma_8 --sigma=8
-    short own_guess --own_guess=0.5
     short no_labels --label_dropout=1
     short independent_t --stratified=False
 done

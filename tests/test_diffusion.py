@@ -308,29 +308,27 @@ def test_nll_without_path_is_cross_entropy(model):
     torch.testing.assert_close(nll(model, idx, targets, label, 0 * t, x_0), expected[targets.flatten() >= 0], atol=1e-5, rtol=1e-5)
 
 
-def test_own_guess(model):
-    """Where own_guess > 0, x_t is what sampling would have made of the model's guess at s, not of the truth."""
+def test_unrolled_is_algorithm_1(model):
+    """Training through the sampler: the logits that sampling gives, and a gradient that goes through every evaluation."""
     idx, targets, label, n = example()
-    t, x_0 = draw(n, model.path.config, generator())
-    plain = nll(model, idx, targets, label, t, x_0)
-    assert torch.equal(nll(model, idx, targets, label, t, x_0, torch.zeros(n)), plain)
-    own = torch.where(torch.arange(n) % 2 == 0, 0.0, 0.9 * torch.rand(n, generator=generator()))
-    losses = nll(model, idx, targets, label, t, x_0, own)
-    assert torch.equal(losses[::2], plain[::2])
+    for steps, t_end, shift in ((2, 0.99, 10.0), (3, 0.9, 1.0), (6, 15 / 16, 4.0)):
+        sampler = Sampler(steps=steps, guess="mean", t_end=t_end, shift=shift)
+        expected = teacher_forced(model, idx, targets, sampler, generator(3), label)[0]
+        x_0 = model.path.config.sigma * torch.randn(n, model.path.config.x_dim, generator=generator(3))
+        losses = nll(model, idx, targets, label, x_0=x_0, times=time_grid(steps - 1, t_end, shift))
+        torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
 
-    at = (targets >= 0).nonzero(as_tuple=True)
-    c = model.read(idx, at)
-    V, rows_label, right = model.path.token_space(model.trunk.wte.weight), label[at[0]], 0
-    for i in range(1, n, 2):
-        s, one = own[i] * t[i], tuple(z[i:i + 1] for z in at)
-        x_s = s * V[targets[at][i]] + (1 - s) * x_0[i]
-        logits = model(x_s[None], s[None], c.select(slice(i, i + 1)), rows_label[i:i + 1])
-        guess = V[logits.argmax()]
-        x_t = (1 - t[i]) / (1 - s) * x_s + (t[i] - s) / (1 - s) * guess      # the straight line from (s, x_s) to the guess
-        logits = model(x_t[None], t[i:i + 1], c.select(slice(i, i + 1)), rows_label[i:i + 1])
-        torch.testing.assert_close(losses[i], -logits.log_softmax(-1)[0, targets[at][i]], atol=1e-4, rtol=1e-4)
-        right += torch.equal(guess, V[targets[at][i]])
-    assert right < n // 2                                                    # else the truth would pass as well
+    model = copy.deepcopy(model)
+    loss = lambda: nll(model, idx, targets, label, x_0=x_0, times=time_grid(3, 0.9)).sum()
+    params = [p.requires_grad_() for p in (model.path.W.weight, model.path.x_in[0].weight, model.path.h[0].mlp.c_fc.weight)]
+    grads = torch.autograd.grad(loss(), params)
+    for p, grad in zip(params, grads):
+        step, values = 1e-2 * torch.nn.functional.normalize(grad.flatten(), dim=0).view_as(p), []
+        with torch.no_grad():
+            for sign in (1, -2, 1):                                           # + step, - step, back
+                p += sign * step
+                values.append(loss().double())
+        assert (values[0] - values[1]).item() == pytest.approx(2e-2 * grad.norm().item(), rel=0.05)
 
 
 def test_micro_batches_add_up(trainable):

@@ -119,7 +119,9 @@ def test_train(options, parts, error, tmp_path):
     (dict(beta1=1.0), ["beta1=1.0", "below 1"]),
     (dict(beta2=-0.5), ["beta2=-0.5"]),
     (dict(label_dropout=1.5), ["label_dropout=1.5", "at most 1"]),
-    (dict(own_guess=2), ["own_guess=2", "at most 1"]),
+    (dict(label_dropout=2), ["label_dropout=2", "at most 1"]),
+    (dict(unroll=-1), ["unroll=-1", "at least 0"]),
+    (dict(unroll_t_end=1.5), ["unroll_t_end=1.5", "(0, 1]"]),
     (dict(min_lr=-1), ["min_lr=-1", "at least 0"]),
 ])
 def test_train_ranges(options, parts, error):

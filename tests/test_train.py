@@ -167,13 +167,20 @@ def test_mode(trunk_mode, path_mode, options, trunk, capsys):
 
 def test_every_option_of_the_diffusion(options):
     """The values that are not the defaults reach the path and train."""
-    train.main(argv(**options, own_guess=0.5, input_scale="unit", time_scale=1, gate_init=0.5, token_input=False, w_init=0.5, stratified=False, lora_alpha=8,
+    train.main(argv(**options, input_scale="unit", time_scale=1, gate_init=0.5, token_input=False, w_init=0.5, stratified=False, lora_alpha=8,
                     path_mode="lora"))
     path = load_checkpoint(options["out_dir"] / "best.pt")["path_config"]
     assert path == dict(mode="lora", x_dim=16, t_dim=32, sigma=4.0, input_scale="unit", time_scale=1.0, gate_init=0.5, token_input=False, w_init=0.5,
                         n_labels=4, rank=4, alpha=8.0)
     first, last = evaluations(options["out_dir"])
     assert last["val_loss"] < first["val_loss"] - 0.1
+
+
+def test_training_through_the_sampler(options):
+    train.main(argv(**options, unroll=3))
+    first, last = evaluations(options["out_dir"])
+    assert last["val_loss"] < first["val_loss"] - 0.1
+    assert last["val_loss_by_t"][:7] == [None] * 7                           # every last evaluation is at t_end
 
 
 def test_lora_trunk_is_merged_in(options, tmp_path, arithmetic):
@@ -308,18 +315,17 @@ def test_noise_differs_everywhere(options, monkeypatch):
 
 
 def test_draw(options):
-    """Labels are dropped per example with the given probability; own_guess picks its share of the positions."""
+    """Labels are dropped per example with the given probability; unroll draws from one to so many calls."""
     model = train.make_model(config(**options), load_manifest(options["data_dir"]))
     targets, label = torch.zeros(4000, 5, dtype=torch.long), torch.arange(4000) % 4
     targets[:, 2] = -1
-    new, t, x_0, own_guess = train.draw_noise(config(**options, own_guess=0.3, label_dropout=0.2), model, targets, label, train.generator_for("cpu", 1))
+    new, t, x_0, times = train.draw_noise(config(**options, label_dropout=0.2), model, targets, label, train.generator_for("cpu", 1))
     dropped = new == 4
     assert abs(dropped.float().mean() - 0.2) < 0.03 and torch.equal(new[~dropped], label[~dropped])
-    assert len(t) == len(x_0) == len(own_guess) == 16000
-    assert abs((own_guess > 0).float().mean() - 0.3) < 0.02 and own_guess.max() < 1
-    assert abs(own_guess[own_guess > 0].mean() - 0.5) < 0.02
-    new, _, _, own_guess = train.draw_noise(config(**options, own_guess=0, label_dropout=0), model, targets, label, train.generator_for("cpu", 1))
-    assert own_guess is None and torch.equal(new, label)
+    assert len(t) == len(x_0) == 16000 and times is None
+    drawn = [train.draw_noise(config(**options, unroll=3, label_dropout=0), model, targets, label, train.generator_for("cpu", i)) for i in range(60)]
+    assert {len(times) for _, _, _, times in drawn} == {2, 3, 4} and torch.equal(drawn[0][0], label)
+    assert all(times[0] == 0 and times[-1] == 0.9 and (t == 0.9).all() for _, t, _, times in drawn)
 
 
 # ---------------------------------------------------------------------------------------- one batch, many ways
@@ -356,7 +362,7 @@ def test_micro_batches_are_one_batch(options, tmp_path, monkeypatch):
 
 def test_two_ranks_are_two_micro_batches(options, tmp_path):
     """gloo, two processes: the weights, the losses and the evaluation of one process with two micro-batches."""
-    shared = options | dict(steps=5, own_guess=0.5, learning_rate=1e-3, eval_examples=70)
+    shared = options | dict(steps=5, unroll=2, learning_rate=1e-3, eval_examples=70)
     train.main(argv(**shared, grad_accum=2))
     two = child(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"],
                 *argv(**shared | dict(out_dir=tmp_path / "two"), device="cpu"))
@@ -396,7 +402,7 @@ def test_resume_after_a_kill(at, kept, options, tmp_path):
     """resumed at step 0, the evaluation of step 0 stands twice in metrics.jsonl.
 
     SIGKILL three steps after a checkpoint, or half-way through writing one; then resume: bit for bit the uninterrupted run."""
-    shared = options | dict(steps=12, eval_every=6, batch_size=32, own_guess=0.5, path_mode="lora")      # 9 steps an epoch
+    shared = options | dict(steps=12, eval_every=6, batch_size=32, unroll=2, path_mode="lora")      # 9 steps an epoch
     train.main(argv(**shared | dict(out_dir=tmp_path / "straight")))
     killed = child(["-c", KILL, at], *argv(**shared))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
