@@ -1,7 +1,7 @@
 """
 Turns word problems into training data: JSONL problems -> tokens, target mask, labels, manifest.
 
-    python prepare_data.py arithmetic                   # generated here, no network; so is chains
+    python prepare_data.py arithmetic                   # generated here, no network
     python prepare_data.py gsm8k                        # downloads 4.9 MB (and GPT-2's tokenizer, 1.5 MB)
     python prepare_data.py gsm8k --source=DIR --subset=1000    # train.jsonl and test.jsonl from DIR
 
@@ -28,7 +28,6 @@ import sys
 import time
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -37,8 +36,7 @@ import requests
 import tiktoken
 from tqdm import tqdm
 
-import arithmetic
-import chains
+from arithmetic import MAX_NUMBER, bucket, mix_problem, task_problem
 from configurator import UserError, configure
 
 PROMPT, ANSWER = "Question: {}\nAnswer:", " {}"
@@ -192,9 +190,9 @@ def arithmetic_tokenizer():
     """
     pattern = r"Question:|\nAnswer:| = <<|<<|>>|\.\n|####| ?[A-Za-z]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9]|\s"
     rng = random.Random(0)           # not --seed: the vocabulary is the same whatever the data
-    problems = [make(rng) for make in (arithmetic.task_problem, arithmetic.mix_problem) for _ in range(3000)]
+    problems = [make(rng) for make in (task_problem, mix_problem) for _ in range(3000)]
     text = "".join(PROMPT.format(question) + ANSWER.format(answer) for question, answer in problems)
-    pieces = set(re.findall(pattern, text)) | {f"{space}{n}" for space in ("", " ") for n in range(arithmetic.MAX_NUMBER + 1)}
+    pieces = set(re.findall(pattern, text)) | {f"{space}{n}" for space in ("", " ") for n in range(MAX_NUMBER + 1)}
     ranks = {bytes([i]): i for i in range(256)}
     for piece in sorted(p.encode() for p in pieces):
         ranks.setdefault(piece, len(ranks))
@@ -239,7 +237,7 @@ class GSM8KOptions(Options):
     subset: int = 0                  # keep this many training problems; 0 keeps all
 
 @dataclass(frozen=True)
-class GeneratedOptions(Options):
+class ArithmeticOptions(Options):
     train: int = 20000               # problems of the task, to train L2D on
     mix: int = 30000                 # problems of the broader mixture, to pre-train the trunk on
     seed: int = 1337                 # of the generator
@@ -255,7 +253,7 @@ class Task(NamedTuple):
     answer: str = ANSWER
 
 def step_names(n):
-    return ["1 step", *(f"{i} steps" for i in range(2, n)), f"{n} or more steps"][-n:]
+    return ["1 step"] + [f"{i} steps" for i in range(2, n)] + [f"{n} or more steps"]
 
 def step_label(n):
     """Label = number of solution steps, the lines before "####": 0 is one step, n - 1 is n or more."""
@@ -324,10 +322,10 @@ def gsm8k_problems(options, out_dir):
     return dict(train=train[:options.subset or None], val=val, test=read["test.jsonl"]), sources, GSM8K_SEED
 
 # -----------------------------------------------------------------------------
-# Generated here: arithmetic.py and chains.py
+# Arithmetic
 
-def generated_problems(generator, options, out_dir):
-    """The task (train, val, test) and the broader mixture on which the tiny trunk is pre-trained (mix*), of a generator's module."""
+def arithmetic_problems(options, out_dir):
+    """The task (train, val, test) and the broader mixture on which the tiny trunk is pre-trained (mix*)."""
     counts = dict(train=options.train, val=500, test=1000, mix=options.mix, mix_val=500, mix_test=1000)
     splits = {}
     for split, count in counts.items():
@@ -335,15 +333,14 @@ def generated_problems(generator, options, out_dir):
             raise UserError(f"error: --{split}={count} is out of range: 1 to 1000000")
         rng, found = random.Random(f"{options.seed} {split}"), {}   # a stream of its own: sizes do not interact
         while len(found) < count:
-            question, answer = generator.mix_problem(rng) if split.startswith("mix") else generator.task_problem(rng)
-            if arithmetic.bucket(question) == split:
+            question, answer = mix_problem(rng) if split.startswith("mix") else task_problem(rng)
+            if bucket(question) == split:
                 found.setdefault(question, Problem(question, answer, f"{split} problem {len(found) + 1}"))
         splits[split] = list(found.values())
     return splits, {}, options.seed
 
 TASKS = {task.name: task for task in (
-    Task("arithmetic", "arithmetic", GeneratedOptions, partial(generated_problems, arithmetic), step_names(4), step_label(4)),
-    Task("chains", "arithmetic", GeneratedOptions, partial(generated_problems, chains), step_names(1), step_label(1)),
+    Task("arithmetic", "arithmetic", ArithmeticOptions, arithmetic_problems, step_names(4), step_label(4)),
     Task("gsm8k", "gpt2", GSM8KOptions, gsm8k_problems, step_names(8), step_label(8)),
 )}
 

@@ -72,26 +72,6 @@ for s in _s0 _s1 _s2; do
     short independent_t --stratified=False
 done
 
-# ------------------------------------------------------------- chains: where steps earn their cost (python prepare_data.py chains)
-train chains_trunk config/chains_trunk.py
-unrolled="--guess=mean --t_end=0.9 --shift=3"
-for s in "" _s1 _s2; do
-    n=${s#_s}; seed=--seed=${n:-0}
-    train chains_l2d$s config/chains_l2d.py $seed                                       # trained through Algorithm 1
-    train chains_truth$s config/chains_l2d.py $seed --unroll=0 --sigma=4                # the paper's training
-    train chains_lora$s config/chains_lora.py $seed
-    train chains_finetune$s config/chains_finetune.py $seed
-
-    on test chains_l2d$s --steps=1,2,3,4,8,16,32 $unrolled
-    on test chains_l2d$s --steps=1,2,4,16 $unrolled --temperature=1
-    for t_end in 0.25 0.9; do on test chains_truth$s --steps=1,2,4,16,32 --t_end=$t_end; done
-    for control in chains_lora$s chains_finetune$s; do
-        on test $control --steps=1
-        on mix_test $control --steps=1
-    done
-    on mix_test chains_l2d$s --steps=1,2,16 $unrolled
-done
-
 # ------------------------------------------------------------------------------------------------------------- GSM8K's own text
 gsm() { train $1 config/l2d_gsm8k.py --batch_size=16 --dtype=bfloat16 --log_every=25 --eval_examples=200 "${@:2}"; }
 gsm gsm_trunk --trunk=scratch --trunk_mode=full --path_mode=none --n_layer=3 --n_head=4 --n_embd=128 --steps=500 --warmup=50 \

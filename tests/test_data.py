@@ -144,33 +144,6 @@ def test_sizes_and_variety(arithmetic):
     assert finals.most_common(1)[0][1] < 0.04 * len(split.problems)      # no constant answer scores
 
 
-def test_chains(tmp_path, encoding):
-    """Every answer recomputed by walking the chain; numbers one token each; long chains in the task only; splits disjoint."""
-    main(["chains", f"--out_dir={tmp_path}", "--train=500", "--mix=1000"])
-    seen, distances, kinds = {}, Counter(), Counter()
-    for split in SPLITS:
-        data = load_split(tmp_path, split)
-        for problem in data.problems:
-            shown, which, asked = re.fullmatch(r"(.*)\. What is the (last|first) number of (.*)\?", problem.question).groups()
-            following = dict(pair.split() for pair in shown.split(", "))
-            assert len(following) == 9 and set(following.values()) <= set(following)
-            answers, walked = [], []
-            for x in asked.split(", "):
-                assert following[x] != x
-                walk = [x]
-                while following[walk[-1]] != walk[-1]:
-                    walk.append(following[walk[-1]])
-                answers.append(f"{x} {walk[-1 if which == 'last' else 1]}")
-                walked.append(len(walk) - 1)
-            assert problem.answer == ", ".join(answers) + ".\n#### " + answers[-1].split()[1]
-            assert max(walked) <= (2 if split.startswith("mix") else 6) and (which == "last" or split.startswith("mix"))
-            distances.update((split.startswith("mix"), n) for n in walked)
-            kinds[split, which] += 1
-            assert seen.setdefault(tuple(re.findall(r"\d+", problem.question)), split) == split
-        assert set(np.diff(data.offsets)) == {58}                            # a number is a token, wherever it stands
-    assert 0.4 < kinds["mix", "first"] / 1000 < 0.6 and all(distances[False, n] > 500 for n in range(1, 7))
-
-
 def test_options_do_not_disturb_other_splits(arithmetic, tmp_path):
     main(["arithmetic", f"--out_dir={tmp_path}", "--train=100", "--mix=1"])
     for split in ("val", "test", "mix_test"):
@@ -488,7 +461,7 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "plain").write_text("")
     assert "plain" in error("arithmetic", f"--out_dir={tmp_path}/plain/x")
     main([])
-    assert "arithmetic|chains|gsm8k" in capsys.readouterr().out
+    assert "arithmetic|gsm8k" in capsys.readouterr().out
     result = subprocess.run([sys.executable, ROOT / "prepare_data.py", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and not result.stdout
 
