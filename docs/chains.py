@@ -31,6 +31,7 @@ from evaluate import pyplot, sign_test
 from model import GPT, GPTConfig, PathConfig, build
 
 N_NAMES, N_SHOWN, N_ASKED, N_TEST = 20, 7, 4, 1000
+TEST_SEED = 31415                           # what the settings were chosen on had another (docs/LOG.md)
 SEMICOLON, LAST, EQUALS, NEXT, VOCAB = 100, 101, 102, 103, 112
 T_END, SHIFT, MOST_CALLS = 0.9, 3.0, 31     # the grid of the unrolled path, in training and after, and its calls in training
 METHODS = {"unrolled": "L2D, trained through Algorithm 1", "truth": "L2D, x_t from the truth", "lora": "LoRA on the trunk", "full": "full finetuning"}
@@ -123,7 +124,7 @@ def samplers(method):
 @torch.no_grad()
 def test(config, model):
     """{name: {T: which of the N_TEST * N_ASKED answers are right}}, and the links of each."""
-    rng, results, links = random.Random(999), {}, []
+    rng, results, links = random.Random(TEST_SEED), {}, []
     for start in range(0, N_TEST, 250):
         idx, targets, n_links = batch(rng, 250)
         links += n_links.flatten().tolist()
@@ -138,7 +139,7 @@ def over_seeds(runs):
     """A table's rows of one condition from [{T: [0 or 1]}], one of each seed: share right, links, gained and lost sequences."""
     per_sequence = lambda T: [sum(run[T][i + j] for run in runs for j in range(N_ASKED)) for i in range(0, N_TEST * N_ASKED, N_ASKED)]
     def versus(T, other):
-        if T == other or other not in runs[0]:
+        if T <= other or other not in runs[0]:
             return None
         pairs = [(b > a, b < a) for a, b in zip(per_sequence(other), per_sequence(T))]
         gained, lost = (sum(side) for side in zip(*pairs))
@@ -178,11 +179,10 @@ def table():
             axes.axhline(means[0], color=f"C{i}", linestyle="--", label=name)
             axes.axhspan(min(right[0]), max(right[0]), color=f"C{i}", alpha=0.15)
         else:
-            axes.errorbar(steps, means, [[m - min(r) for m, r in zip(means, right)], [max(r) - m for m, r in zip(means, right)]], marker="o", capsize=3,
-                          color=f"C{i}", label=name)
+            axes.errorbar(steps, means, [[abs(m - end(r)) for m, r in zip(means, right)] for end in (min, max)], marker="o", capsize=3, color=f"C{i}", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
-    axes.set(xlabel="steps T (evaluations per token)", ylabel=f"right ends of chains (n = {N_TEST * N_ASKED}; mean, least and greatest seed)")
+    axes.set(xlabel="steps T (evaluations per token)", ylabel=f"right answers (n = {N_TEST * N_ASKED}; bars: seeds)")
     axes.legend()
     figure.savefig("docs/chains.png", dpi=110)
 
@@ -196,8 +196,7 @@ def main(argv=None):
     OUT.mkdir(parents=True, exist_ok=True)
     model, start = make_model(config.method), time.time()
     train(config, model)
-    if config.method == "trunk":
-        torch.save(model.trunk.state_dict(), OUT / "trunk.pt")
+    torch.save((model.trunk if config.method == "trunk" else model).state_dict(), OUT / ("trunk.pt" if config.method == "trunk" else f"{config.method}_s{config.seed}.pt"))
     right, links = test(config, model)
     run = {"method": config.method, "seed": config.seed, "seconds": round(time.time() - start), "command": " ".join(sys.argv), "links": links, "right": right}
     (OUT / f"{config.method}_s{config.seed}.json").write_text(json.dumps(run))
