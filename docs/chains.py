@@ -14,8 +14,8 @@ times for the end of a chain ("? a = c"). The trunk learns chains of up to two l
 Only the name after "=" counts. Nothing is chosen on the test sequences, whose generator has a seed of its own.
 """
 import json
-import math
 import random
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -167,8 +167,8 @@ def table():
     for name, group in groups.items():
         for row in group["rows"]:
             mean = sum(row["right"]) / len(row["right"])
-            sd = math.sqrt(sum((x - mean) ** 2 for x in row["right"]) / max(1, len(row["right"]) - 1))
-            print(f"| {name} | {row['steps']} | {mean:.3f} ± {sd:.3f} | {', '.join(f'{x:.3f}' for x in row['right'])} | {show(row['vs_1'])} | "
+            spread = f" ± {statistics.stdev(row['right']):.3f}" if len(row["right"]) > 1 else ""
+            print(f"| {name} | {row['steps']} | {mean:.3f}{spread} | {', '.join(f'{x:.3f}' for x in row['right'])} | {show(row['vs_1'])} | "
                   f"{show(row['vs_2'])} | {' '.join(f'{x:.2f}' for x in row['by_links'])} |")
     Path("docs/chains.json").write_text(json.dumps(groups, indent=1))
     figure, axes = pyplot("--method=table").subplots(figsize=(7, 4.5), layout="constrained")
