@@ -275,11 +275,11 @@ def measure_decoding(config, counts, dtype, device):
     if config.shortlist:
         samplers |= {f"{name}, shortlist {config.shortlist}": replace(s, shortlist=config.shortlist) for name, s in samplers.items() if s.steps > 2}
     baseline = transformers_gpt2(model.trunk) if config.baseline else None
-    if not config.compile:
-        pack(model)                                                           # as sample.py does
     rng, n, results = np.random.default_rng(config.seed), config.new_tokens, {}
     if config.compile:
         torch._dynamo.config.recompile_limit = 100                            # one graph for each sampler and batch
+    else:
+        pack(model)                                                           # as sample.py does
     for batch in config.numbers("batch"):
         prompts = rng.integers(SIZES[config.model].vocab_size, size=(batch, config.prompt)).tolist()
         variants = {name: partial(decode, model, prompts, n, sampler, config.compile) for name, sampler in samplers.items()}

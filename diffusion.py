@@ -51,6 +51,12 @@ def draw(n, path_config, generator, stratified=True):
     return t, x_0
 
 
+def draw_times(most_calls, t_end, shift, generator):
+    """The times of one unrolled pass: 1 to most_calls path calls, few as often as many (uniform in the logarithm), on time_grid."""
+    n_calls = int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
+    return time_grid(n_calls, t_end, shift)
+
+
 def nll(model, idx, targets, label, t=None, x_0=None, times=None):
     """Eq. 3: -log f(x_t, t, c)_y at each target, float32 (N,); the caller sums and weighs.
 
@@ -83,7 +89,7 @@ def unrolled(model, x_0, times, c, label):
     x_t, logits = x_0, model.trunk.head(c.h)                                  # at t = 0 the trunk's
     for a, b in pairwise(times):
         x_1_hat = logits.float().softmax(-1) @ V                              # (N, D)
-        x_t = x_t + (b - a) * velocity(x_t, a, x_1_hat)
+        x_t = euler_step(lambda x, t: x_1_hat, x_t, a, b)
         logits = model(x_t, x_t.new_full((len(x_t),), b), c, label)
     return logits
 

@@ -269,8 +269,7 @@ def draw_noise(config, model, targets, label, generator):
     label = torch.where(drop, model.no_label, label)                          # per example, not per position
     times = None
     if config.unroll:
-        n_calls = int((config.unroll + 1) ** torch.rand((), generator=generator, device=device))   # few as often as many: uniform in the logarithm
-        times = diffusion.time_grid(n_calls, config.unroll_t_end, config.unroll_shift)
+        times = diffusion.draw_times(config.unroll, config.unroll_t_end, config.unroll_shift, generator)
         t = torch.full_like(t, times[-1])
     return label, t, x_0, times
 

@@ -26,7 +26,7 @@ import torch
 
 import diffusion
 from configurator import UserError, configure
-from diffusion import Sampler, teacher_forced, time_grid
+from diffusion import Sampler, teacher_forced
 from evaluate import pyplot, sign_test
 from model import GPT, GPTConfig, PathConfig, build
 
@@ -100,8 +100,7 @@ def train(config, model):
         if model.path:
             t, x_0 = diffusion.draw(size * N_ASKED, model.path.config, generator)
         if config.method == "unrolled":
-            n_calls = int((MOST_CALLS + 1) ** torch.rand((), generator=generator))      # few as often as many: uniform in the logarithm
-            times = time_grid(n_calls, T_END, SHIFT)
+            times = diffusion.draw_times(MOST_CALLS, T_END, SHIFT, generator)
         loss = diffusion.nll(model, idx, targets, torch.full((size,), model.no_label), t, x_0, times).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
