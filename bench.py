@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -333,12 +333,12 @@ class Trainee:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = train.make_optimizer(self.params, self.settings)
         self.autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-        self.kernels = train.attention_kernels(device)
+        self.kernels = train.attention_kernels(device, dtype)
 
-    def __call__(self):
+    def __call__(self, kernels=None):
         idx, targets, label = self.batch
         label, t, x_0, times = train.draw_noise(self.settings, self.model, targets, label, train.generator_for(self.device, 0))
-        with self.autocast, sdpa_kernel(self.kernels):
+        with self.autocast, sdpa_kernel(kernels or self.kernels):
             loss = diffusion.nll(self.model, idx, targets, label, t, x_0, times).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, self.settings.grad_clip)
@@ -346,13 +346,15 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
 
     def count(self):
-        """One step, not compiled: its FLOPs, padding included, and the bytes it keeps for backward, weights apart."""
+        """Steps that are not compiled: their FLOPs, padding included, and the bytes kept for backward, weights apart."""
         weights, kept = {p.untyped_storage().data_ptr() for p in self.model.parameters()}, {}
         def pack(x):
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
-        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(pack, lambda x: x):
+        with saved_tensors_hooks(pack, lambda x: x):
             self()
+        with FlopCounterMode(display=False) as counter:                       # it knows no fused kernel of the CPU
+            self([SDPBackend.MATH] if self.device.type == "cpu" else None)
         state = [*self.model.parameters(), *(z for s in self.optimizer.state.values() for z in s.values())]
         return {"trained": sum(p.numel() for p in self.params), "flops": counter.get_total_flops(),
                 "state_MB": sum(z.nbytes for z in state) // 10 ** 6,

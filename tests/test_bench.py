@@ -146,7 +146,8 @@ def test_batch_has_the_shape_of_gsm8k():
 def test_a_step_trains_what_it_should(name):
     config, modes = Config(model="tiny", train_batch=2), bench.TRAINED[name]
     data, ids = random_batch(config)
-    trainee = Trainee(config, modes, train.batch_of(data, ids, CPU), CPU, FLOAT)
+    batch = train.batch_of(data, ids, CPU)
+    trainee = Trainee(config, modes, batch, CPU, FLOAT)
     before = {key: p.clone() for key, p in trainee.model.named_parameters()}
     row = trainee.count()
     trainee()
@@ -155,6 +156,19 @@ def test_a_step_trains_what_it_should(name):
     assert row["trained"] == counts[formula or {"full": "trunk", "lora": "trunk_lora"}[modes[0]]]
     assert changed and changed <= {key for key, p in trainee.model.named_parameters() if p.requires_grad}
     assert row["flops"] > 0 and {"state_MB", "saved_MB"} <= row.keys()
+    if name == "full finetuning":                                             # of each product: forward, and two for its gradients
+        (B, T), n, size = batch[0].shape, int((batch[1] >= 0).sum()), bench.SIZES["tiny"]
+        C, L, V = size.n_embd, size.n_layer, size.vocab_size
+        assert row["flops"] == 3 * (2 * B * T * L * 12 * C * C + 4 * B * L * T * T * C + 2 * n * V * C)
+
+
+@pytest.mark.parametrize("dtype, kernel", [(FLOAT, "flash"), (torch.bfloat16, "math")])
+def test_attention_of_a_training_step(dtype, kernel):
+    """On a CPU in bfloat16 the backward of the fused kernel is slow, so there it is not used."""
+    config = Config(model="tiny", train_batch=2)
+    data, ids = random_batch(config)
+    names = attention_of(Trainee(config, bench.TRAINED["L2D, full path"], train.batch_of(data, ids, CPU), CPU, dtype))
+    assert names and all(kernel in name for name in names), names
 
 
 def test_bytes_saved_for_backward():
