@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every run behind docs/RESULTS.md, in order; about 4 hours on one CPU core. What is finished is kept; what was cut goes on.
+# Every run behind docs/RESULTS.md, in order; about 5 hours on one CPU core. What is finished is kept; what was cut goes on.
 # After bash demo.sh, in its virtual environment, and: pip install -r requirements-dev.txt; python prepare_data.py gsm8k
 #     bash docs/experiments.sh
 #     bash docs/experiments.sh --list    # only say the commands, for running them by hand or side by side
@@ -54,8 +54,10 @@ for s in "" _s1 _s2; do
     done
 done
 # choices at inference, validation problems
-for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
-    on val demo_l2d --steps=4,16 $option
+for s in "" _s1 _s2; do
+    for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
+        on val demo_l2d$s --steps=4,16 $option
+    done
 done
 # choices in training, shorter: their validation loss is in the last line of out/short_*/metrics.jsonl
 short() { train short_$1$s config/demo_l2d.py --seed=${s#_s} --steps=1500 --eval_every=1500 "${@:2}"; }
