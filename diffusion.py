@@ -417,13 +417,15 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
     c = model.read(idx, (torch.arange(B, device=device), pos))
     token, block_size, P = c.token, model.trunk.config.block_size, idx.size(1)
     length = min(P + max_new_tokens, block_size)
-    cache, predict_next, h = new_cache(c.kv, length), next_token, c.h
+    cache, predict_next, h = new_cache(c.kv, length if compile else min(P + 8, length)), next_token, c.h
 
     for n in range(max_new_tokens):
         # Right padding is harmless: a row sees keys up to its own position and overwrites the padding as it grows.
         S = length if compile else min(P + n, block_size)
         masked = compile or min(lengths[row] for row in rows) < P             # else every row sees all S keys
         mask = (torch.arange(S, device=device) <= pos[:, None])[:, None, None] if masked else None   # (B, 1, 1, S)
+        if S > cache[0][0].size(2):                                           # little longer than S: a CPU then reads it faster
+            cache = new_cache(cache, min(S + 7, length))
         kv = cache if compile else first_keys(cache, S)                       # a CUDA graph wants the tensors themselves, no views
         c, traces = Context(h, token, pos, kv, None, mask), [[] for _ in rows] if trace else None
         token, nfe = predict_next(model, sampler, V, tables, c, label, sigma * x_0[:, n], u[:, n], traces)
