@@ -10,9 +10,10 @@ repeat, so that what else the machine does hits them alike; median [least, great
 
 Decoding is diffusion.generate, greedy, with an end of text that never comes. The path is fresh and w_init = 0: at every T it must
 write what plain decoding writes, and an adaptive solver sees a guess that never changes. nfe: path calls per token;
-vs_plain: time against plain decoding (T = 1), and floor_vs_plain by bytes read; call_ms, call_vs_plain: one more path
-call, in ms and in tokens of plain decoding; floor_share: of the speed at which each pass reads its weights and the KV
-cache once, or computes its FLOPs, as fast as the probes (copy, matrix-vector product, matmul) do in the same run.
+vs_plain: time against plain decoding (T = 1), the reading of the prompt in both; call_ms, call_vs_plain: one more path
+call, in ms and in tokens of plain decoding; floor: each pass reads its weights and the KV cache once, or computes its
+FLOPs, as fast as the probes (copy, matrix-vector product, matmul) do in the same run; floor_share: of that speed;
+floor_vs_plain: what vs_plain would be there.
 
 Training is the step of train.py on one batch; everyone has the head at the targets only. matmul_share: FLOPs of the step,
 padding included, against the matmul probe (MFU by a measured peak); state: weights and optimizer; saved: kept for the
@@ -23,7 +24,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -45,6 +45,7 @@ import diffusion
 import train
 from configurator import UserError, configure
 from diffusion import SOLVERS, Sampler
+from evaluate import commit
 from model import GPT, GPT2_SIZES, GPTConfig, PathConfig, build, dtype_name
 from packed import pack
 
@@ -291,9 +292,9 @@ def measure_decoding(config, counts, dtype, device):
         for name in variants:
             (tokens, nfe), s, plain = said[name], seconds[name], seconds["plain"]
             headless = nfe - 1 if name in samplers and samplers[name].shortlist else 0
-            floor = least_seconds(config, counts, batch, nfe, headless, bandwidth, flops)
+            floor, plain_floor = (least_seconds(config, counts, batch, *calls, bandwidth, flops) for calls in ((nfe, headless), (0, 0)))
             rows[name] = {"nfe": nfe, "tokens_per_s": spread(batch * n / x for x in s), "vs_plain": spread(x / p for x, p in zip(s, plain)),
-                          "floor_vs_plain": 1 + nfe * counts["path_per_trunk"] - headless * counts["head_bytes"] / counts["trunk_bytes"],
+                          "floor_vs_plain": floor / plain_floor,
                           "call_ms": spread(1e3 * (x - p) / n / nfe for x, p in zip(s, plain)) if nfe else None,
                           "call_vs_plain": spread((x - p) / p / nfe for x, p in zip(s, plain)) if nfe else None,
                           "floor_share": spread(floor / x for x in s), "same_tokens": tokens == said["plain"][0]}
@@ -402,7 +403,7 @@ def machine(device):
     return version | {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu[1] if cpu else platform.machine(),
                       "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "cores": os.cpu_count(),
                       "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-                      "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()}
+                      "commit": commit()}
 
 
 def main(argv=None):

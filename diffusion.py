@@ -250,7 +250,7 @@ class Denoiser:
     path calls, nfe (B,). The first evaluation, at t = 0 where w_d = 0, is the trunk's head alone.
 
     c: the Context of the B predictions; label (B,) with index n_labels for none; V (V_size, D), the table of Eq. 5;
-    u (B, steps + 1) uniform numbers for sampled guesses; tables: a dict that keeps what depends on t alone from one
+    u (B, steps + 1) uniform numbers, column 0 for the final choice, i for the guess of evaluation i; tables: a dict that keeps what depends on t alone from one
     token to the next; trace: a list of B lists to write guesses to.
     """
     def __init__(self, model, sampler, V, tables, c, label, u, trace=None):
@@ -287,7 +287,8 @@ class Denoiser:
             x_1_free = self.estimate(self.path_logits(x_t, t, r, no_label, last), u)[1]
             x_1_hat = s.guidance * x_1_hat + (1 - s.guidance) * x_1_free
         if s.stop:
-            self.running[r] = (guess != self.guess[r]) | (logits.softmax(-1).amax(-1) <= s.stop)
+            p = logits.softmax(-1).gather(1, guess[:, None])[:, 0]
+            self.running[r] = (guess != self.guess[r]) | (p <= s.stop)
         self.logits[r], self.guess[r], self.x_1_hat[r] = logits, guess, x_1_hat
         self.write_trace(t, r)
         return self.x_1_hat

@@ -296,9 +296,9 @@ def read_controls(config):
 
 
 def commit():
-    """The commit of this code, or an empty string where git cannot tell."""
+    """The commit of this code, -dirty where files have changed since; an empty string where git cannot tell."""
     try:
-        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:                                                           # no git here
         return ""

@@ -287,7 +287,8 @@ def time_features(t, dim, time_scale):
 
 
 def scale_input(x_t, t, sigma, kind):
-    """What the path is fed (deviation 3), float32 (N, D): x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2.
+    """What the path is fed (deviation 3), float32 (N, D): x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2 in each
+    coordinate, where x_1 has 1 (|x_1|^2 = D, Eq. 5) and mean about 0.
 
     unit:   x_t / sqrt(variance), of unit variance at every t [official code].
     wiener: t x_t / variance, the best linear estimate of x_1: near 0 while x_t says nothing.

@@ -363,6 +363,7 @@ class Run:
         checkpoint, now = load_checkpoint(self.last), asdict(self.config)
         may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk"}
         differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in checkpoint["config"].items() if k not in may_differ and now.get(k) != v]
+        differ += [f"{k} of the data was {checkpoint['data'].get(k)!r}, now {v!r}" for k, v in self.manifest.items() if checkpoint["data"].get(k) != v]
         differ += [f"ranks were {checkpoint['world']}, now {self.ranks.world}"] if checkpoint["world"] != self.ranks.world else []
         if differ:
             raise UserError(f"error: {self.last} belongs to another configuration: {'; '.join(differ)}")

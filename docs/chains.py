@@ -27,7 +27,7 @@ import torch
 import diffusion
 from configurator import UserError, configure
 from diffusion import Sampler, teacher_forced
-from evaluate import pyplot, sign_test
+from evaluate import commit, pyplot, sign_test
 from model import GPT, GPTConfig, PathConfig, build
 
 N_NAMES, N_SHOWN, N_ASKED, N_TEST = 20, 7, 4, 1000
@@ -116,7 +116,8 @@ def samplers(method):
     if method == "unrolled":
         return {"": [Sampler(steps=T, guess="mean", t_end=T_END, shift=SHIFT) for T in (1, 2, 3, 4, 8, 16, 32)]}
     if method == "truth":       # with T = 2 the one call is at t_end: early it sees next to nothing, late only the trunk's guess
-        return {f", to t = {t_end}": [Sampler(steps=T, t_end=t_end) for T in (1, 2, 4, 16, 32)] for t_end in (0.25, 0.9)}
+        grids = {f", to t = {t_end}": dict(t_end=t_end) for t_end in (0.25, 0.9)} | {", mean guess, shift 3, to t = 0.9": dict(guess="mean", t_end=T_END, shift=SHIFT)}
+        return {name: [Sampler(steps=T, **grid) for T in (1, 2, 4, 16, 32)] for name, grid in grids.items()}
     return {"": [Sampler(steps=1)]}
 
 
@@ -148,10 +149,14 @@ def over_seeds(runs):
 
 def table():
     """Print the table, write its JSON and draw it."""
-    groups, links = {}, None
+    groups, links, made = {}, None, None
     for method, title in METHODS.items():
-        files = sorted(OUT.glob(f"{method}_s?.json"))
+        files = sorted(OUT.glob(f"{method}_s*.json"))
         loaded = [json.loads(file.read_text()) for file in files]
+        for file, run in zip(files, loaded):
+            made = made or (run["links"], run["steps"])
+            if (run["links"], run["steps"]) != made:
+                raise UserError(f"error: {file} was tested on other sequences than the runs before it, or trained with another --steps; move it away")
         for name in loaded[0]["right"] if loaded else []:
             links = loaded[0]["links"]
             runs = [{int(T): right for T, right in run["right"][name].items()} for run in loaded]
@@ -197,7 +202,8 @@ def main(argv=None):
     train(config, model)
     torch.save((model.trunk if config.method == "trunk" else model).state_dict(), OUT / ("trunk.pt" if config.method == "trunk" else f"{config.method}_s{config.seed}.pt"))
     right, links = test(config, model)
-    run = {"method": config.method, "seed": config.seed, "seconds": round(time.time() - start), "command": " ".join(sys.argv), "links": links, "right": right}
+    run = {"method": config.method, "seed": config.seed, "steps": config.steps, "seconds": round(time.time() - start), "command": " ".join(sys.argv),
+           "commit": commit(), "links": links, "right": right}
     (OUT / f"{config.method}_s{config.seed}.json").write_text(json.dumps(run))
     for name, each in right.items():
         print(config.method, config.seed, name, {T: round(sum(r) / len(r), 3) for T, r in each.items()})

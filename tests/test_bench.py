@@ -211,7 +211,8 @@ def test_decoding_from_end_to_end(tmp_path, capsys):
         assert row["vs_plain"]["median"] == pytest.approx(np.median(np.divide(seconds, plain)))
         assert row["tokens_per_s"]["max"] == pytest.approx(int(batch) * 3 / min(seconds))
         assert row["call_ms"]["median"] == pytest.approx(np.median(np.subtract(seconds, plain)) * 1e3 / 3 / 3)
-        assert row["floor_vs_plain"] == pytest.approx(1 + 3 * result["counted"]["path_per_trunk"]["value"])
+        floor = {name: rows[name]["floor_share"]["max"] * min(r["seconds"][name]) for name in ("plain", "euler T=4")}
+        assert row["floor_vs_plain"] == pytest.approx(floor["euler T=4"] / floor["plain"], rel=1e-6)
         assert 0 < row["floor_share"]["min"] <= row["floor_share"]["max"] and rows["plain"]["call_ms"] is None
     text = capsys.readouterr().out
     assert "euler T=4" in text and "L*(12*C*C + 13*C)" in text and "decoding, batch 2: repeat 2/2" in text and "written to" in text

@@ -61,3 +61,7 @@ def test_every_method_and_the_table(tmp_path, monkeypatch, capsys):
     assert data["LoRA on the trunk"]["seeds"] == [0, 1] and (tmp_path / "docs/chains.png").stat().st_size > 10_000
     trunk = json.loads((tmp_path / "out/chains/trunk_s0.json").read_text())["right"][""]["1"]
     assert data["L2D, trained through Algorithm 1"]["rows"][0]["right"] == [sum(trunk) / len(trunk)]   # T = 1 is the trunk
+    chains.main(["--method=full", "--steps=3", "--seed=1"])
+    with pytest.raises(UserError, match="full_s1.json was tested on other sequences .* or trained with another --steps"):
+        chains.main([])
+    torch.set_num_threads(threads)

@@ -390,7 +390,7 @@ class Naive:
         if self.s.guidance != 1 and not last:
             free = self.pick(self.path_logits(x, t, self.model.path.config.n_labels), u)[1]
             x_1_hat = self.s.guidance * x_1_hat + (1 - self.s.guidance) * free
-        if self.s.stop and guess == self.guess and self.logits.softmax(-1).max() > self.s.stop:
+        if self.s.stop and guess == self.guess and self.logits.softmax(-1)[guess] > self.s.stop:
             self.stopped = True
         self.guess, self.x_1_hat = guess, x_1_hat
         return x_1_hat
@@ -468,7 +468,7 @@ SETTINGS = {
     "midpoint to 1": dict(steps=15, solver="midpoint", t_end=1.0), "heun": dict(steps=7, solver="heun"),
     "heun to 1": dict(steps=8, solver="heun", t_end=1.0), "adaptive": dict(steps=12, solver="adaptive", tol=0.3),
     "adaptive short": dict(steps=4, solver="adaptive", tol=0.05), "adaptive to 1": dict(steps=12, solver="adaptive", tol=0.5, t_end=1.0),
-    "stop": dict(steps=8, stop=0.3),
+    "stop": dict(steps=8, stop=0.3), "sampled stop": dict(steps=8, stop=0.1, guess="sample"),
     "stop midpoint": dict(steps=9, solver="midpoint", stop=0.2), "adaptive stop": dict(steps=12, solver="adaptive", stop=0.3),
     "temperature": dict(steps=6, temperature=0.8), "sampled guesses": dict(steps=6, guess="sample", temperature=1.0, top_k=7),
     "sampled adaptive": dict(steps=9, solver="adaptive", guess="sample", tol=0.5), "mean": dict(steps=6, solver="heun", guess="mean"),

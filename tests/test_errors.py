@@ -287,6 +287,15 @@ def test_resume_with_another_configuration(error, l2d, out_dir, trunk):
     assert files(out_dir) == before
 
 
+def test_resume_on_other_data(error, out_dir, arithmetic, tmp_path):
+    """A folder that may have moved, but was prepared anew with another seed."""
+    shutil.copytree(arithmetic, tmp_path / "data")
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest | {"seed": 7}))
+    says(error(train, out_dir=out_dir, resume=True, steps=60, data_dir=tmp_path / "data"), "another configuration",
+         f"seed of the data was {manifest['seed']}, now 7")
+
+
 def test_resume_on_another_trunk(error, out_dir, tmp_path, arithmetic):
     """trunk may move, but a trunk of another shape does not fit: the names that differ."""
     train.main([f"--{k}={v}" for k, v in (TINY | dict(data_dir=arithmetic, out_dir=tmp_path / "one", trunk="scratch", trunk_mode="full",

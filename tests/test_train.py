@@ -370,7 +370,7 @@ def test_two_ranks_are_two_micro_batches(options, tmp_path):
     assert two.stdout.count("step 5/5") == 1 and "2 x cpu" in two.stdout                  # only the main rank speaks
     a, b = (load_checkpoint(out / "last.pt") for out in (tmp_path / "out", tmp_path / "two"))
     torch.testing.assert_close(a["model"], b["model"], rtol=1e-4, atol=1e-5)
-    assert not torch.equal(a["model"]["path.W.weight"], load_checkpoint(options["trunk"])["model"]["trunk.wte.weight"][:16])
+    assert evaluations(tmp_path / "two")[0]["val_loss"] != evaluations(tmp_path / "two")[-1]["val_loss"]      # it did train
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "out"), rtol=1e-5)
     for one, other in zip(evaluations(tmp_path / "out"), evaluations(tmp_path / "two"), strict=True):
         assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-5)
