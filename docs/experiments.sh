@@ -73,6 +73,15 @@ for s in _s0 _s1 _s2; do
     short no_labels --label_dropout=1
     short independent_t --stratified=False
 done
+# does it help or hurt to read x_t? sigma 8 beside the default, and guidance where x_t is read
+for s in _s0 _s1 _s2; do
+    on val short_base$s --steps=1,2,4,8,16,32
+    on val short_sigma_8$s --steps=1,2,4,8,16,32
+    for guidance in 1 4; do
+        on val short_sigma_8$s --steps=4 --guidance=$guidance --use_label
+        on val short_sigma_8$s --steps=4 --guidance=$guidance --label=2
+    done
+done
 
 # ------------------------------------------------------------------------------------------------------------- GSM8K's own text
 gsm() { train $1 config/l2d_gsm8k.py --batch_size=16 --dtype=bfloat16 --log_every=25 --eval_examples=200 "${@:2}"; }
