@@ -75,8 +75,8 @@ for s in _s0 _s1 _s2; do
 done
 # does it help or hurt to read x_t? sigma 8 beside the default, and guidance where x_t is read
 for s in _s0 _s1 _s2; do
-    on val short_base$s --steps=1,2,4,8,16,32
-    on val short_sigma_8$s --steps=1,2,4,8,16,32
+    on val short_base$s --steps=1,2,4,16
+    on val short_sigma_8$s --steps=1,2,4,16
     for guidance in 1 4; do
         on val short_sigma_8$s --steps=4 --guidance=$guidance --use_label
         on val short_sigma_8$s --steps=4 --guidance=$guidance --label=2
