@@ -3,7 +3,7 @@ The demo's L2D: a diffusion path beside the frozen trunk of config/demo_trunk.py
 
     python train.py config/demo_l2d.py
 
-Two CPU cores, about 4 minutes.
+Two CPU cores, about 5 minutes.
 """
 data_dir = "data/arithmetic"
 out_dir = "out/demo_l2d"
