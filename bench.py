@@ -289,10 +289,11 @@ def measure_decoding(config, counts, dtype, device):
         probe, work = probes(counts["trunk_bytes"], dtype, device)
         seconds, said, _ = alternate(variants | probe, config.repeats, device, f"decoding, batch {batch}")
         (bandwidth, flops), rows = peaks(seconds, work), {}
+        plain_floor = least_seconds(config, counts, batch, 0, 0, bandwidth, flops)
         for name in variants:
             (tokens, nfe), s, plain = said[name], seconds[name], seconds["plain"]
             headless = nfe - 1 if name in samplers and samplers[name].shortlist else 0
-            floor, plain_floor = (least_seconds(config, counts, batch, *calls, bandwidth, flops) for calls in ((nfe, headless), (0, 0)))
+            floor = least_seconds(config, counts, batch, nfe, headless, bandwidth, flops)
             rows[name] = {"nfe": nfe, "tokens_per_s": spread(batch * n / x for x in s), "vs_plain": spread(x / p for x, p in zip(s, plain)),
                           "floor_vs_plain": floor / plain_floor,
                           "call_ms": spread(1e3 * (x - p) / n / nfe for x, p in zip(s, plain)) if nfe else None,

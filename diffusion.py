@@ -243,6 +243,11 @@ def choose(logits, u, temperature=1.0, top_k=0):
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.size(-1) - 1)
 
 
+def probability(logits, token):
+    """What logits (B, V_size) say of the token of each row (B,), (B,)."""
+    return logits.softmax(-1).gather(1, token[:, None])[:, 0]
+
+
 class Denoiser:
     """f of Algorithm 1 for one token in each of B rows: (x_t, t) -> x_1_hat (B, D).
 
@@ -250,8 +255,8 @@ class Denoiser:
     path calls, nfe (B,). The first evaluation, at t = 0 where w_d = 0, is the trunk's head alone.
 
     c: the Context of the B predictions; label (B,) with index n_labels for none; V (V_size, D), the table of Eq. 5;
-    u (B, steps + 1) uniform numbers, column 0 for the final choice, i for the guess of evaluation i; tables: a dict that keeps what depends on t alone from one
-    token to the next; trace: a list of B lists to write guesses to.
+    u (B, steps + 1) uniform numbers, column 0 for the final choice, i for the guess of evaluation i; tables: a dict that
+    keeps what depends on t alone from one token to the next; trace: a list of B lists to write guesses to.
     """
     def __init__(self, model, sampler, V, tables, c, label, u, trace=None):
         self.model, self.sampler, self.V, self.tables = model, sampler, V, tables
@@ -287,8 +292,7 @@ class Denoiser:
             x_1_free = self.estimate(self.path_logits(x_t, t, r, no_label, last), u)[1]
             x_1_hat = s.guidance * x_1_hat + (1 - s.guidance) * x_1_free
         if s.stop:
-            p = logits.softmax(-1).gather(1, guess[:, None])[:, 0]
-            self.running[r] = (guess != self.guess[r]) | (p <= s.stop)
+            self.running[r] = (guess != self.guess[r]) | (probability(logits, guess) <= s.stop)
         self.logits[r], self.guess[r], self.x_1_hat[r] = logits, guess, x_1_hat
         self.write_trace(t, r)
         return self.x_1_hat
@@ -328,8 +332,7 @@ class Denoiser:
         if self.trace is None:
             return
         times = t.tolist() if torch.is_tensor(t) else [t] * len(self.label)
-        p = self.logits.softmax(-1).gather(1, self.guess[:, None])[:, 0].tolist()
-        guess = self.guess.tolist()
+        p, guess = probability(self.logits, self.guess).tolist(), self.guess.tolist()
         for i in torch.arange(len(self.label))[r if isinstance(r, slice) else r.cpu()].tolist():
             self.trace[i].append((times[i], guess[i], p[i]))
 
@@ -418,15 +421,15 @@ def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None,
     c = model.read(idx, (torch.arange(B, device=device), pos))
     token, block_size, P = c.token, model.trunk.config.block_size, idx.size(1)
     length = min(P + max_new_tokens, block_size)
-    cache, predict_next, h = new_cache(c.kv, length if compile else min(P + 8, length)), next_token, c.h
+    cache, predict_next, h = c.kv, next_token, c.h
 
     for n in range(max_new_tokens):
         # Right padding is harmless: a row sees keys up to its own position and overwrites the padding as it grows.
         S = length if compile else min(P + n, block_size)
         masked = compile or min(lengths[row] for row in rows) < P             # else every row sees all S keys
         mask = (torch.arange(S, device=device) <= pos[:, None])[:, None, None] if masked else None   # (B, 1, 1, S)
-        if S > cache[0][0].size(2):                                           # little longer than S: a CPU then reads it faster
-            cache = new_cache(cache, min(S + 7, length))
+        if n == 0 or S > cache[0][0].size(2):                                 # little longer than S: a CPU then reads it faster
+            cache = new_cache(cache, length if compile else min(S + 7, length))
         kv = cache if compile else first_keys(cache, S)                       # a CUDA graph wants the tensors themselves, no views
         c, traces = Context(h, token, pos, kv, None, mask), [[] for _ in rows] if trace else None
         token, nfe = predict_next(model, sampler, V, tables, c, label, sigma * x_0[:, n], u[:, n], traces)

@@ -132,8 +132,8 @@ def wilson(k, n, z=1.96):
 
 
 def mcnemar(a, b):
-    """Paired comparison of two lists of bool: how many only b has, how many only a has, exact two-sided p."""
-    gained, lost = sum(y and not x for x, y in zip(a, b)), sum(x and not y for x, y in zip(a, b))
+    """Paired comparison of two lists of bool, or of how many seeds are right: where b has more, where a has more, exact two-sided p."""
+    gained, lost = sum(y > x for x, y in zip(a, b)), sum(x > y for x, y in zip(a, b))
     return gained, lost, sign_test(gained, lost)
 
 

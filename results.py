@@ -20,7 +20,7 @@ from pathlib import Path
 
 import evaluate
 from configurator import UserError, configure
-from evaluate import KINDS, mcnemar, pyplot, read_records, sign_test, wilson
+from evaluate import KINDS, mcnemar, pyplot, read_records, wilson
 from prepare_data import write_file
 
 DEFAULTS = {f.name: f.default for f in fields(evaluate.Config)}
@@ -94,8 +94,8 @@ def paired(first, second):
     if not pairs or None in sum(pairs, ()):
         return None
     before, after = ([sum(seed) for seed in zip(*side)] for side in zip(*pairs))      # of each problem: how many seeds are right
-    gained, lost = sum(b > a for a, b in zip(before, after)), sum(b < a for a, b in zip(before, after))
-    return {"gained": gained, "lost": lost, "p": sign_test(gained, lost), "each": [mcnemar(a, b) for a, b in pairs]}
+    gained, lost, p = mcnemar(before, after)
+    return {"gained": gained, "lost": lost, "p": p, "each": [mcnemar(a, b) for a, b in pairs]}
 
 
 def summarize(seeds):

@@ -332,9 +332,10 @@ class Run:
         self.optimizer = make_optimizer(self.params, config)
         on_gpu = self.device.type == "cuda"
         self.dtype = dtype_name(config.dtype, self.device.type)
-        self.autocast = torch.autocast(self.device.type, getattr(torch, self.dtype)) if self.dtype != "float32" else nullcontext()
+        dtype = getattr(torch, self.dtype)
+        self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
-        self.kernels = attention_kernels(self.device, getattr(torch, self.dtype))
+        self.kernels = attention_kernels(self.device, dtype)
         self.step, self.best = 0, math.inf
         if config.resume:
             self.resume()

@@ -27,13 +27,14 @@ import torch
 import diffusion
 from configurator import UserError, configure
 from diffusion import Sampler, teacher_forced
-from evaluate import commit, pyplot, sign_test
+from evaluate import commit, mcnemar, pyplot
 from model import GPT, GPTConfig, PathConfig, build
 
 N_NAMES, N_SHOWN, N_ASKED, N_TEST = 20, 7, 4, 1000
 TEST_SEED = 31415                           # what the settings were chosen on had another (docs/LOG.md)
 SEMICOLON, LAST, EQUALS, NEXT, VOCAB = 100, 101, 102, 103, 112
 T_END, SHIFT, MOST_CALLS = 0.9, 3.0, 31     # the grid of the unrolled path, in training and after, and its calls in training
+UNROLLED = dict(guess="mean", t_end=T_END, shift=SHIFT)     # how it is sampled
 METHODS = {"unrolled": "L2D, trained through Algorithm 1", "truth": "L2D, x_t from the truth", "lora": "LoRA on the trunk", "full": "full finetuning"}
 OUT = Path("out/chains")
 
@@ -114,9 +115,9 @@ def train(config, model):
 def samplers(method):
     """{name: [Sampler]}: how a method is tested."""
     if method == "unrolled":
-        return {"": [Sampler(steps=T, guess="mean", t_end=T_END, shift=SHIFT) for T in (1, 2, 3, 4, 8, 16, 32)]}
+        return {"": [Sampler(steps=T, **UNROLLED) for T in (1, 2, 3, 4, 8, 16, 32)]}
     if method == "truth":       # with T = 2 the one call is at t_end: early it sees next to nothing, late only the trunk's guess
-        grids = {f", to t = {t_end}": dict(t_end=t_end) for t_end in (0.25, 0.9)} | {", mean guess, shift 3, to t = 0.9": dict(guess="mean", t_end=T_END, shift=SHIFT)}
+        grids = {f", to t = {t_end}": dict(t_end=t_end) for t_end in (0.25, 0.9)} | {", mean guess, shift 3, to t = 0.9": UNROLLED}
         return {name: [Sampler(steps=T, **grid) for T in (1, 2, 4, 16, 32)] for name, grid in grids.items()}
     return {"": [Sampler(steps=1)]}
 
@@ -141,24 +142,23 @@ def over_seeds(runs):
     def versus(T, other):
         if T <= other or other not in runs[0]:
             return None
-        pairs = [(b > a, b < a) for a, b in zip(per_sequence(other), per_sequence(T))]
-        gained, lost = (sum(side) for side in zip(*pairs))
-        return {"gained": gained, "lost": lost, "p": sign_test(gained, lost)}
+        gained, lost, p = mcnemar(per_sequence(other), per_sequence(T))
+        return {"gained": gained, "lost": lost, "p": p}
     return [{"steps": T, "right": [sum(run[T]) / len(run[T]) for run in runs], "vs_1": versus(T, 1), "vs_2": versus(T, 2)} for T in runs[0]]
 
 
 def table():
     """Print the table, write its JSON and draw it."""
-    groups, links, made = {}, None, None
+    groups, links, steps = {}, None, None
     for method, title in METHODS.items():
         files = sorted(OUT.glob(f"{method}_s*.json"))
         loaded = [json.loads(file.read_text()) for file in files]
         for file, run in zip(files, loaded):
-            made = made or (run["links"], run["steps"])
-            if (run["links"], run["steps"]) != made:
+            if links is None:
+                links, steps = run["links"], run["steps"]
+            if (run["links"], run["steps"]) != (links, steps):
                 raise UserError(f"error: {file} was tested on other sequences than the runs before it, or trained with another --steps; move it away")
         for name in loaded[0]["right"] if loaded else []:
-            links = loaded[0]["links"]
             runs = [{int(T): right for T, right in run["right"][name].items()} for run in loaded]
             rows = over_seeds(runs)
             for row in rows:
@@ -200,7 +200,8 @@ def main(argv=None):
     OUT.mkdir(parents=True, exist_ok=True)
     model, start = make_model(config.method), time.time()
     train(config, model)
-    torch.save((model.trunk if config.method == "trunk" else model).state_dict(), OUT / ("trunk.pt" if config.method == "trunk" else f"{config.method}_s{config.seed}.pt"))
+    trained, file = (model.trunk, "trunk.pt") if config.method == "trunk" else (model, f"{config.method}_s{config.seed}.pt")
+    torch.save(trained.state_dict(), OUT / file)
     right, links = test(config, model)
     run = {"method": config.method, "seed": config.seed, "steps": config.steps, "seconds": round(time.time() - start), "command": " ".join(sys.argv),
            "commit": commit(), "links": links, "right": right}

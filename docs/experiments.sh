@@ -46,15 +46,14 @@ done
 
 # the trunk with majority vote, at the measured time of 16 steps; samples the seed of the trunk, which is one
 on test demo_trunk --steps=1 --temperature=0.7 --votes=10
-# L2D on the labels, validation problems: guidance towards the right label, and a wrong one
+# validation problems
 for s in "" _s1 _s2; do
+    # the labels: guidance towards the right one, and a wrong one
     for guidance in 1 2 4; do
         on val demo_l2d$s --steps=4 --guidance=$guidance --use_label
         on val demo_l2d$s --steps=4 --guidance=$guidance --label=2          # "3 steps" for all: wrong for about half
     done
-done
-# choices at inference, validation problems
-for s in "" _s1 _s2; do
+    # choices at inference
     for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
         on val demo_l2d$s --steps=4,16 $option
     done
@@ -72,9 +71,7 @@ for s in _s0 _s1 _s2; do
     short sigma_8 --sigma=8
     short no_labels --label_dropout=1
     short independent_t --stratified=False
-done
-# does it help or hurt to read x_t? sigma 8 beside the default, and guidance where x_t is read
-for s in _s0 _s1 _s2; do
+    # does it help or hurt to read x_t? sigma 8 beside the default, and guidance where x_t is read
     on val short_base$s --steps=1,2,4,16
     on val short_sigma_8$s --steps=1,2,4,16
     for guidance in 1 4; do

@@ -55,7 +55,6 @@ def test_every_method_and_the_table(tmp_path, monkeypatch, capsys):
         chains.main([f"--method={method}", "--steps=2"])
     chains.main(["--method=lora", "--steps=2", "--seed=1"])
     chains.main([])
-    torch.set_num_threads(threads)
     data = json.loads((tmp_path / "docs/chains.json").read_text())
     assert [len(data[title]["rows"]) for title in ("L2D, trained through Algorithm 1", "L2D, x_t from the truth, to t = 0.25", "LoRA on the trunk")] == [7, 5, 1]
     assert data["LoRA on the trunk"]["seeds"] == [0, 1] and (tmp_path / "docs/chains.png").stat().st_size > 10_000
