@@ -17,6 +17,7 @@ import inspect
 import io
 import math
 import operator
+import os
 import shlex
 import sys
 import tokenize
@@ -32,6 +33,40 @@ class UserError(SystemExit):
 
     def __init__(self, message):
         super().__init__(" ".join(message.splitlines()))  # one line, whatever the user's text held
+
+
+def run(main):
+    """
+    Run a script's main, and end as a program should: a closed pipe (`| head`) quietly, Ctrl-C with one line and
+    status 130, a full disk or a file that may not be read with a line that names it. What the terminal cannot
+    encode is replaced.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as e:
+        raise UserError(f"error: {e.filename or 'a file'}: {e.strerror or e}") from None
+
+
+def at_least(config, **limits):
+    """Raise UserError for the first field of config that is below its limit."""
+    for name, low in limits.items():
+        if getattr(config, name) < low:
+            raise UserError(f"error: {name}={getattr(config, name)}, but it must be at least {low}")
+
+
+def require(**conditions):
+    """Raise UserError for the first message whose condition does not hold: require(why=(message, condition))."""
+    for message, holds in conditions.values():
+        if not holds:
+            raise UserError(f"error: {message}")
 
 
 def configure(cls, argv=None, usage=""):

@@ -3,136 +3,115 @@ The diffusion of L2D: noising, loss, velocity, solvers, guidance and Algorithm 1
 
     Time runs from t = 0, pure noise, to t = 1, data.    x_t = t x_1 + (1 - t) x_0
 
-A language model predicts the next token from the context c alone; that is one step of diffusion, taken at
-t = 0 where x_t carries nothing. L2D goes on: the guess moves x_t towards the guessed token's embedding, and
-the path looks again, now with x_t in hand. Symbols and shapes are those of model.py, but T, here and in README, counts
-evaluations of the model for one token (`steps`); "Eq." is the paper's. Training predicts at N positions, sampling at the last of B rows.
+A language model predicts the next token from its context c alone. L2D reads that as one step of diffusion, taken at
+t = 0, where x_t is noise. It goes on: the guess moves x_t towards the guessed token's embedding, and the path looks
+again, with x_t in hand. T, here `steps`, counts the evaluations for one token, the first included.
 
-A denoiser, `f` of the solvers, is anything that maps (x_t, t) to x_1_hat (B, D), an estimate of x_1: the embedding of the most probable
-token, or the mean over all (the paper's f(x_t, t, c), which gives logits, is L2D.forward). The solvers know nothing else, so tests can
-hand them fields with a known solution.
+Symbols and shapes are those of model.py; "Eq." is the paper's. Read noise, nll, velocity, algorithm_1 first.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves
 
 from configurator import UserError
-from model import Context, first_keys, new_cache
 
 
-# ----------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------- training
 def noise(x_1, x_0, t):
     """Eq. 1: x_t = t x_1 + (1 - t) x_0. x_1, x_0 (N, D), t (N,) -> (N, D)."""
     return t[:, None] * x_1 + (1 - t[:, None]) * x_0
 
 
 def sample_t(n, generator, stratified=True):
-    """t ~ U[0, 1), one for each of n positions, on the generator's device.
+    """t ~ U[0, 1), one for each of n positions.
 
-    stratified: one draw from each of n equal bins, in random order. Each t alone is still uniform, and the mean
-    over the batch varies less (deviation 5; as in VDM, Kingma et al. 2021, App. I).
+    stratified: one draw from each of n equal bins, in random order. Each t alone is still uniform, and the mean over
+    the batch varies less (deviation 5; as in VDM, Kingma et al. 2021, App. I).
     """
     device = generator.device
     u = torch.rand(n, generator=generator, device=device)
     if not stratified:
         return u
     bins = torch.randperm(n, generator=generator, device=device)
-    return ((bins + u) / n).clamp(max=1 - 2 ** -24)                           # float32 must not round up to 1
+    return ((bins + u) / n).clamp(max=1 - 2 ** -24)                      # float32 must not round up to 1
 
 
 def draw(n, path_config, generator, stratified=True):
-    """t (n,) and x_0 ~ N(0, sigma^2 I) (n, D), both float32, independent for every position."""
+    """t (n,) and x_0 ~ N(0, sigma^2 I) (n, D), float32, independent for every position."""
     t = sample_t(n, generator, stratified)
-    x_0 = torch.randn(n, path_config.x_dim, generator=generator, device=generator.device) * path_config.sigma
-    return t, x_0
+    x_0 = torch.randn(n, path_config.x_dim, generator=generator, device=generator.device)
+    return t, path_config.sigma * x_0
+
+
+def nll(model, idx, at, y, label, t=None, x_0=None, times=None):
+    """Eq. 3: -log f(x_t, t, c)_y at each target, float32 (N,). The caller sums and weighs.
+
+    idx (B, T) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the targets;
+    label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. times, in place of t: x_t comes not from the truth
+    but from the model's own mean guesses, by Algorithm 1 through these times, and the gradient goes through all of it
+    (deviation 12). Without a path: plain cross-entropy of the trunk.
+    """
+    c = model.read(idx, at)
+    if model.path is None:
+        logits = model.trunk.head(c.h)
+    elif times is None:
+        x_1 = model.embed(y)                                             # (N, D)
+        x_t = noise(x_1, x_0, t)
+        logits = model(x_t, t, c, label[at[0]])                          # (N, V_size)
+    else:
+        f = Denoiser(model, Sampler(guess="mean"), Tables(model), c, label[at[0]])
+        logits = algorithm_1(f, x_0, times)
+    return F.cross_entropy(logits.float(), y, reduction="none")
 
 
 def draw_times(most_calls, t_end, shift, generator):
-    """The times of one unrolled pass: 1 to most_calls path calls, few as often as many (uniform in the logarithm), on time_grid."""
+    """The times of one unrolled pass: 1 to most_calls path calls, uniform in the logarithm, on time_grid."""
     n_calls = int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
     return time_grid(n_calls, t_end, shift)
 
 
-def nll(model, idx, targets, label, t=None, x_0=None, times=None):
-    """Eq. 3: -log f(x_t, t, c)_y at each target, float32 (N,); the caller sums and weighs.
-
-    idx (B, T) tokens; targets (B, T) the next token of each, -1 where none counts, in row order N of them;
-    label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. times, if given, instead of t: the model is unrolled
-    (see unrolled). Without a path: plain cross-entropy of the trunk.
-    """
-    at = (targets >= 0).nonzero(as_tuple=True)                                # (rows, cols), each (N,)
-    y = targets[at]                                                           # (N,)
-    c = model.read(idx, at)
-    if model.path is None:
-        return F.cross_entropy(model.trunk.head(c.h).float(), y, reduction="none")
-    label = label[at[0]]
-    if times is not None:
-        logits = unrolled(model, x_0, times, c, label)
-    else:
-        x_1 = model.embed(y)                                                  # (N, D)
-        x_t = noise(x_1, x_0, t)
-        logits = model(x_t, t, c, label)                                      # (N, V_size)
-    return F.cross_entropy(logits.float(), y, reduction="none")
-
-
-def unrolled(model, x_0, times, c, label):
-    """Logits (N, V_size) of the last evaluation of Algorithm 1, differentiable through all of them (deviation 12).
-
-    Euler from x_0 (N, D) through times (0, ..., t_end), with the mean x_1_hat: x_t is built from what the model guessed, as in
-    sampling, and what a guess is good for is what the last prediction makes of it.
-    """
-    V = model.embed(slice(None))                                              # (V_size, D)
-    x_t, logits = x_0, model.trunk.head(c.h)                                  # at t = 0 the trunk's
-    for a, b in pairwise(times):
-        x_1_hat = logits.float().softmax(-1) @ V                              # (N, D)
-        x_t = euler_step(lambda x, t: x_1_hat, x_t, a, b)
-        logits = model(x_t, x_t.new_full((len(x_t),), b), c, label)
-    return logits
-
-
-# ------------------------------------------------------------------------------------------------ solvers
+# --------------------------------------------------------------------------------------------- solvers
 def velocity(x_t, t, x_1_hat):
-    """Eq. 4: dx_t/dt = (x_1_hat - x_t) / (1 - t). Never asked for at t = 1. t a float < 1 or (B,)."""
+    """Eq. 4: dx_t/dt = (x_1_hat - x_t) / (1 - t), (N, D). Never asked for at t = 1. t a float < 1, or (N,)."""
     rest = 1 - (t[:, None] if torch.is_tensor(t) else t)
     return (x_1_hat - x_t) / rest
 
 
-def euler_step(f, x, a, b):
-    """From time a to b with the slope at a: one evaluation."""
-    return x + (b - a) * velocity(x, a, f(x, a))
+def euler_step(dx, x, a, b):
+    """From time a to b with the slope at a: one evaluation. dx(x, t) is the slope, as in all steps here."""
+    return x + (b - a) * dx(x, a)
 
 
-def midpoint_step(f, x, a, b):
+def midpoint_step(dx, x, a, b):
     """From time a to b with the slope at the midpoint: two evaluations. The paper's solver."""
     m = (a + b) / 2
-    x_m = euler_step(f, x, a, m)
-    return x + (b - a) * velocity(x_m, m, f(x_m, m))
+    return x + (b - a) * dx(euler_step(dx, x, a, m), m)
 
 
-def heun_step(f, x, a, b):
+def heun_step(dx, x, a, b):
     """From time a to b with the mean of the slopes at both ends: two evaluations, one where b = 1."""
-    v_a = velocity(x, a, f(x, a))
+    v_a = dx(x, a)
     x_b = x + (b - a) * v_a
-    if b == 1:                                                                # there the slope does not exist
+    if b == 1:                                                           # there the slope does not exist
         return x_b
-    return x + (b - a) / 2 * (v_a + velocity(x_b, b, f(x_b, b)))
+    return x + (b - a) / 2 * (v_a + dx(x_b, b))
 
 
-STEP = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
-SOLVERS = (*STEP, "adaptive")
+def relaxed_step(dx, x, a, b, x_0, weight):
+    """From time a to b on the line from x_0 to m, a mean of the guesses so far that each call moves by `weight`.
 
-
-def last_time(steps):
-    """The time of the last of `steps` evaluations, where nothing else is asked for (deviation 6): (steps - 1) / steps, at most 15/16.
-
-    At 1 an Euler grid would end on x_t = V_guess exactly, which holds nothing but the guess. Above 15/16 x_t shows the guess, right or
-    wrong, to a path that was trained on x_t built from the truth, and accuracy falls (measured, see docs/LOG.md).
+    Every solver here stays on lines x_t = (1 - t) x_0 + t m. Euler gives the newest guess the weight
+    (b - a) / ((1 - a) b), which falls with every call; this one gives it the same weight at every call but the
+    first, as a relaxed fixed-point iteration does. One evaluation.
     """
-    return min((steps - 1) / steps, 15 / 16)
+    x_1_hat = x + (1 - a) * dx(x, a)
+    m = x_1_hat if a == 0 else (x - (1 - a) * x_0) / a
+    m = m + weight * (x_1_hat - m)
+    return (1 - b) * x_0 + b * m
 
 
 def time_grid(n, t_end, shift=1.0):
@@ -143,337 +122,240 @@ def time_grid(n, t_end, shift=1.0):
     return [t_end * (shift * i / (n - i + shift * i)) for i in range(n + 1)] if n else [0.0]
 
 
-def integrate(f, x, steps, solver, t_end, shift=1.0):
-    """Spend steps - 1 evaluations of f on the way from x at t = 0 (heun to t = 1: steps - 2), and return (x, t) for the last.
+def last_time(steps):
+    """The time of the last of `steps` evaluations (deviation 6): (steps - 1) / steps, at most 15/16.
 
-    A two-evaluation solver with an odd number to spend takes its first interval by Euler. t_end is the time
-    of the last evaluation.
+    At 1 Euler's x_t is V of the guess, exactly, and holds nothing else. Above 15/16 x_t shows the guess, right or
+    wrong, to a path trained on x_t from the truth, and accuracy falls (docs/LOG.md).
     """
-    cost = 1 if solver == "euler" else 2
-    n_whole, n_euler = divmod(steps - 1, cost)
-    times = time_grid(n_whole + n_euler, t_end, shift)
-    for i, (a, b) in enumerate(pairwise(times)):
-        step = euler_step if i < n_euler else STEP[solver]
-        x = step(f, x, a, b)
-    return x, times[-1]
+    return min((steps - 1) / steps, 15 / 16)
 
 
-def adaptive(f, x, steps, tol, t_end, first_step=0.25):
-    """Heun's error estimate steering Euler steps, for each row on its own (deviation 7): its own t, dt, error and evaluations.
+def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
+    """Euler's steps, their size chosen by Heun's error estimate, for each position alone (deviation 7).
 
-    With slope v at (x, t), the trial x' = x + dt v is evaluated at t + dt, which gives the slope v' there.
-    Heun and Euler differ by e = dt/2 |v' - v| / sqrt(D): if e <= tol the row moves to x', with v' already known,
-    so that an accepted step costs one evaluation; else it tries again with a smaller dt. With argmax guesses the
-    field is piecewise constant and e is 0 exactly when the guess has not changed.
-    A row ends at t_end or when its `steps` evaluations are spent: whichever comes
-    first, its last evaluation is the prediction. f(x, t, rows) is asked for the rows (B,) bool only; t is (B,).
-    Returns x and t (B,), where each row stands.
+    From (x, t) with slope v, the trial x' = x + dt v is evaluated at t + dt, which gives the slope v' there. Heun and
+    Euler differ by e = dt/2 |v' - v| / sqrt(D). If e <= tol the position moves to x' and keeps v', so that an accepted
+    step costs one evaluation; else it tries again with a smaller dt. With argmax guesses e is 0 exactly where the
+    guess has not changed. A position ends at t_end or when its `steps` evaluations are spent.
+    x_1_hat(x, t, where) is asked for the positions where (N,) bool only. Returns x and t (N,), where each stands.
     """
     t = torch.zeros(len(x), device=x.device)
     dt = torch.full_like(t, first_step)
-    rows = torch.full_like(t, steps > 1, dtype=torch.bool)
-    v = velocity(x, t, f(x, 0.0))
+    where = torch.full_like(t, steps > 1, dtype=torch.bool)
+    v = velocity(x, t, x_1_hat(x, 0.0, where))
     for _ in range(steps - 1):
-        if not rows.any():
+        if not where.any():
             break
-        t_new = torch.where(t + 1.01 * dt > t_end, t_end, t + dt)             # no crumb of a step before the end
+        t_new = torch.where(t + 1.01 * dt > t_end, t_end, t + dt)        # no crumb of a step before the end
         dt = t_new - t
         x_new = x + dt[:, None] * v
-        x_1_hat, at_end = f(x_new, t_new, rows), t_new == 1                   # at 1 there is no slope: the step stands
-        v_new = torch.where(at_end[:, None], v, velocity(x_new, torch.where(at_end, t, t_new), x_1_hat))
-        error = dt / 2 * (v_new - v).norm(dim=1) / x.size(1) ** 0.5           # (B,)
-        accept = rows & (error <= tol)
+        guess, at_1 = x_1_hat(x_new, t_new, where), t_new == 1           # at 1 there is no slope: the step stands
+        v_new = torch.where(at_1[:, None], v, velocity(x_new, torch.where(at_1, t, t_new), guess))
+        error = dt / 2 * (v_new - v).norm(dim=1) / x.size(1) ** 0.5      # (N,)
+        accept = where & (error <= tol)
         x, v = (torch.where(accept[:, None], new, old) for new, old in ((x_new, x), (v_new, v)))
         t = torch.where(accept, t_new, t)
-        dt = torch.where(rows, dt * (0.9 * (tol / error.clamp(min=1e-9)).sqrt()).clamp(0.3, 2.0), dt)
-        rows = rows & (t < t_end)
+        factor = (0.9 * (tol / error.clamp(min=1e-9)).sqrt()).clamp(0.3, 2.0)
+        dt = torch.where(where, dt * factor, dt)
+        where = where & (t < t_end)
     return x, t
 
 
-# -------------------------------------------------------------------------------------------- Algorithm 1
+# ----------------------------------------------------------------------------------------- Algorithm 1
+def algorithm_1(f, x_0, times, step=euler_step):
+    """Algorithm 1 of the paper, for N tokens at once: logits (N, V_size) of the last of T evaluations.
+
+    f: a Denoiser. x_0 (N, D) ~ N(0, sigma^2 I). times: 0 = t_1 < ... < t_T, T = 1 being plain decoding; a solver
+    with two evaluations an interval asks between them, too. step: the solver. Sampling and unrolled training run
+    this same function.
+    """
+    def dx(x_t, t):
+        x_1_hat = f.x_1_hat(x_t, t)                                      # V_y of the guess y, given x_t and c
+        return velocity(x_t, t, x_1_hat)                                 # Eq. 4
+
+    x_t = x_0                                                            # noise
+    for a, b in pairwise(times):                                         # T - 1 times: one step of the ODE
+        x_t = step(dx, x_t, a, b)
+    return f.logits(x_t, times[-1])                                      # the token is chosen from these
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """How a token is predicted. T = steps counts evaluations, the trunk's own at t = 0 included."""
-    steps: int = 16                 # evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal["euler", "midpoint", "heun", "adaptive"] = "euler"  # adaptive: at most `steps` evaluations
-    t_end: float = 0.0              # time of the last evaluation; 0 means (steps - 1) / steps, at most 15/16; the paper has 1
-    shift: float = 1.0              # time grid: 1 uniform, above 1 denser towards t = 1
+    # how a token is predicted
+    steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
+    solver: Literal["euler", "midpoint", "heun", "relaxed", "adaptive"] = "euler"  # adaptive: at most `steps`
+    t_end: float = 0.0              # time of the last evaluation; 0 = (steps - 1) / steps, at most 15/16; paper: 1
+    shift: float = 1.0              # time grid: 1 uniform, above 1 denser towards t_end
+    weight: float = 0.6             # relaxed: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # stop a token early: same guess twice, its probability above this; 0 = never
-    guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: embedding of the best token, a sampled one, or the mean
+    stop: float = 0.0               # a token is done when its guess stays and has a probability above this; 0 = off
+    guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: of the best token, a sampled one, or the mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
-    shortlist: int = 0              # path calls but the last see only the trunk's k best tokens, a cheaper head; 0 = off
 
     def __post_init__(self):
-        must = {"steps": (self.steps >= 1, "at least 1 (1 is the untouched trunk)"), "t_end": (0 <= self.t_end <= 1, "in [0, 1]"),
-                "shift": (self.shift > 0, "above 0"), "tol": (self.tol > 0, "above 0"), "stop": (0 <= self.stop < 1, "in [0, 1)"),
-                "temperature": (self.temperature >= 0, "at least 0"), "top_k": (self.top_k >= 0, "at least 0"),
-                "shortlist": (self.shortlist == 0 or self.shortlist > 0 and self.fixed, "0 or more, and 0 with stop or the adaptive solver, "
-                              "which cannot know their last evaluation")}
+        must = {"steps": (self.steps >= 1, "at least 1 (1 is the untouched trunk)"),
+                "t_end": (0 <= self.t_end <= 1, "in [0, 1]"), "shift": (self.shift > 0, "above 0"),
+                "weight": (0 < self.weight <= 1, "in (0, 1]"), "tol": (self.tol > 0, "above 0"),
+                "stop": (0 <= self.stop < 1, "in [0, 1)"), "top_k": (self.top_k >= 0, "at least 0"),
+                "temperature": (self.temperature >= 0, "at least 0")}
         for name, (holds, expected) in must.items():
             if not holds:
                 raise UserError(f"error: {name}={getattr(self, name)}, but it must be {expected}")
 
-    @property
-    def fixed(self):
-        """Whether every token takes the same evaluations."""
-        return self.solver != "adaptive" and not self.stop
+    def plan(self, x_0):
+        """The times and the step of Algorithm 1 that spend `steps` evaluations."""
+        cost = 2 if self.solver in ("midpoint", "heun") else 1
+        n, odd = divmod(self.steps - 1, cost)
+        times = time_grid(n + odd, self.t_end or last_time(self.steps), self.shift)
+        step = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step,
+                "relaxed": partial(relaxed_step, x_0=x_0, weight=self.weight)}.get(self.solver)
+        if odd:                                                          # the first interval by Euler, with one
+            return times, lambda dx, x, a, b: (step if a else euler_step)(dx, x, a, b)
+        return times, step
 
 
-@dataclass
-class Generated:
-    """One row of generate: its new tokens (without the end of text), whether it ended, its path calls."""
-    tokens: list = field(default_factory=list)
-    ended: bool = False
-    predicted: int = 0              # tokens predicted, the end of text included
-    nfe: int = 0                    # path calls, over all tokens
-    trace: list = field(default_factory=list)   # per predicted token, (t, guess, probability) of each evaluation
+def predict(f, x_0, sampler):
+    """Logits (N, V_size) after `steps` evaluations, by Algorithm 1 or, each position at its own times, adaptive."""
+    if sampler.solver == "adaptive" and sampler.steps > 1:
+        t_end = sampler.t_end or last_time(sampler.steps)
+        adaptive(f.x_1_hat, x_0, sampler.steps, sampler.tol, t_end)
+        return f.last                                                    # its last evaluation is the prediction
+    return algorithm_1(f, x_0, *sampler.plan(x_0))
 
 
 def choose(logits, u, temperature=1.0, top_k=0):
-    """A token for each row from logits (B, V_size): the argmax at temperature 0, else by inversion with u (B,)."""
+    """A token for each row from logits (N, V_size): argmax at temperature 0, else by inversion with u (N,)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     cdf = logits.softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.size(-1) - 1)
 
 
-def probability(logits, token):
-    """What logits (B, V_size) say of the token of each row (B,), (B,)."""
-    return logits.softmax(-1).gather(1, token[:, None])[:, 0]
+class Tables(dict):
+    """What stays the same from token to token: V (V_size, D), and for each time t the path's condition, every label's."""
+    def __init__(self, model):
+        self.path, self.V = model.path, model.embed(slice(None))
+
+    def __missing__(self, t):
+        label = torch.arange(self.path.n_labels + 1, device=self.V.device)
+        self[t] = self.path.condition(torch.full(label.shape, t, device=label.device), label)
+        return self[t]
 
 
 class Denoiser:
-    """f of Algorithm 1 for one token in each of B rows: (x_t, t) -> x_1_hat (B, D).
+    """What Algorithm 1 asks of the pair at N positions: logits(x_t, t), and x_1_hat(x_t, t), the guess they make.
 
-    Holds what the last evaluation of each row said, logits (B, V_size), guess (B,), x_1_hat (B, D), and counts
-    path calls, nfe (B,). The first evaluation, at t = 0 where w_d = 0, is the trunk's head alone.
+    The first evaluation, at t = 0, is the trunk's head alone: no path call. The others are counted in nfe (N,), and
+    leave out the positions that have stopped. last (N, V_size) and guess (N,) are those of each one's last evaluation.
 
-    c: the Context of the B predictions; label (B,) with index n_labels for none; V (V_size, D), the table of Eq. 5;
-    u (B, steps + 1) uniform numbers, column 0 for the final choice, i for the guess of evaluation i; tables: a dict that
-    keeps what depends on t alone from one token to the next; trace: a list of B lists to write guesses to.
+    c: the Context of the positions; label: (N,) guidance labels, or one int for all; u (N, steps + 1) uniform numbers
+    for sampled guesses; logits: the trunk's, where they are known. trace, if set to N lists, gets (t, guess, its
+    probability) of every evaluation.
     """
-    def __init__(self, model, sampler, V, tables, c, label, u, trace=None):
-        self.model, self.sampler, self.V, self.tables = model, sampler, V, tables
-        self.c, self.label, self.u, self.trace, self.n_calls = c, label, u, trace, 0
-        self.nfe = torch.zeros_like(label)
-        self.running = torch.ones_like(label, dtype=torch.bool)               # rows the stopping rule has not ended
-        self.logits = model.trunk.head(c.h).float()
-        if sampler.shortlist:
-            self.words = self.logits.topk(min(sampler.shortlist, self.logits.size(-1))).indices   # (B, shortlist)
-        if sampler.steps > 1:
-            self.guess, self.x_1_hat = self.estimate(self.logits, u[:, 1])
+    def __init__(self, model, sampler, tables, c, label, u=None, logits=None):
+        self.model, self.sampler, self.tables, self.c, self.label, self.u = model, sampler, tables, c, label, u
+        self.last = (model.trunk.head(c.h) if logits is None else logits).float()
+        self.nfe = torch.zeros_like(c.pos)
+        self.running = torch.ones_like(c.pos, dtype=torch.bool)
+        self.n_evaluations, self.evaluated, self.guess, self.trace = 1, None, None, None
+
+    def logits(self, x_t, t, where=None):
+        """f(x_t, t, c), (N, V_size), at t, a float or (N,). where (N,) bool: evaluate these positions only."""
+        if self.guess is None:                                           # the first evaluation, at t = 0
+            self.guess = self.best(self.last)
+            self.write_trace(0.0, slice(None))
+            if not torch.is_tensor(t) and t == 0:
+                return self.last
+        i = self.index(where)
+        if i is None:
+            return self.last
+        self.n_evaluations, self.evaluated = self.n_evaluations + 1, i
+        new = self.path_call(x_t, t, i, self.label)
+        guess = self.best(new, i)
+        if self.sampler.stop:
+            p = new.softmax(-1).gather(1, guess[:, None])[:, 0]
+            self.running[i] = (guess != self.guess[i]) | (p <= self.sampler.stop)
+        if isinstance(i, slice):
+            self.last, self.guess = new, guess
         else:
-            self.guess = self.logits.argmax(-1)
-        self.write_trace(0.0, slice(None))
+            self.last[i], self.guess[i] = new, guess
+        self.write_trace(t, i)
+        return self.last
 
-    def __call__(self, x_t, t, rows=None, last=False):
-        """Evaluate at x_t (B, D) and t, a float or (B,), the rows (B,) bool that have not stopped; return x_1_hat.
+    def x_1_hat(self, x_t, t, where=None):
+        """The guess at (x_t, t), (N, D): V_y of one token y, or the mean over all. Eq. 7 with guidance w (deviation 8):
+        w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls."""
+        before, logits, w = self.n_evaluations, self.logits(x_t, t, where), self.sampler.guidance
+        x_1_hat, i = self.embed(logits, self.guess), self.evaluated
+        if w != 1 and self.n_evaluations > before:                       # at t = 0 there is no label to see
+            free = self.path_call(x_t, t, i, self.model.no_label)
+            x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(free, self.best(free, i))
+        return x_1_hat
 
-        Eq. 7 with guidance w (deviation 8): x_1_hat = w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls. A grid
-        solver's last evaluation is read for its logits, those with the label, and costs one; adaptive cannot know its last.
-        """
-        if not torch.is_tensor(t) and t == 0:
-            return self.x_1_hat
-        s, r = self.sampler, self.select(rows)
-        if r is None:
-            return self.x_1_hat
-        self.n_calls += 1
-        u = self.u[r, 1 + self.n_calls]
-        logits = self.path_logits(x_t, t, r, self.label, last)
-        guess, x_1_hat = self.estimate(logits, u)
-        if s.guidance != 1 and not last:
-            no_label = torch.full_like(self.label, self.model.no_label)
-            x_1_free = self.estimate(self.path_logits(x_t, t, r, no_label, last), u)[1]
-            x_1_hat = s.guidance * x_1_hat + (1 - s.guidance) * x_1_free
-        if s.stop:
-            self.running[r] = (guess != self.guess[r]) | (probability(logits, guess) <= s.stop)
-        self.logits[r], self.guess[r], self.x_1_hat[r] = logits, guess, x_1_hat
-        self.write_trace(t, r)
-        return self.x_1_hat
-
-    def select(self, rows):
-        """The rows to evaluate, as an index: all of them, some, or None for none."""
-        if rows is None and not self.sampler.stop:
+    def index(self, where):
+        """The positions to evaluate: a slice for all, an index, or None for none."""
+        if where is None and not self.sampler.stop:
             return slice(None)
-        rows = self.running if rows is None else rows & self.running
-        index = rows.nonzero()[:, 0]
-        return slice(None) if len(index) == len(rows) else index if len(index) else None
+        i = (self.running if where is None else where & self.running).nonzero()[:, 0]
+        return slice(None) if len(i) == len(self.running) else i if len(i) else None
 
-    def path_logits(self, x_t, t, r, label, last):
-        """Logits of the rows r. Conditions at a shared t are computed once, for every label. Off the shortlist they are -inf."""
-        path, label = self.model.path, label[r]
-        if torch.is_tensor(t):
-            t_row = t[r]
-            condition = path.condition(t_row, label)
+    def path_call(self, x_t, t, i, label):
+        """Logits (n, V_size) of the pair at the positions i, with this label."""
+        self.nfe[i] += 1
+        n = len(self.nfe[i])
+        if torch.is_tensor(t):                                           # each position has its own time
+            t, label = t[i], label[i] if torch.is_tensor(label) else torch.full_like(self.nfe[i], label)
+            condition = self.model.path.condition(t, label)
         else:
-            t_row = torch.full(label.shape, t, device=x_t.device)
-            if t not in self.tables:
-                every = torch.arange(path.config.n_labels + 1, device=label.device)
-                self.tables[t] = path.condition(torch.full(every.shape, t, device=x_t.device), every)
             modulations, w_d = self.tables[t]
-            condition = [m[label] for m in modulations], w_d[label]
-        self.nfe[r] += 1
-        words = self.words[r] if self.sampler.shortlist and not last else None
-        logits = self.model(x_t[r], t_row, self.c.select(r), label, condition, words).float()
-        return logits if words is None else torch.full_like(self.logits[r], -torch.inf).scatter(1, words, logits)
+            row = label[i] if torch.is_tensor(label) else slice(label, label + 1)
+            condition, t = ([m[row] for m in modulations], w_d[row]), torch.full((n,), t, device=x_t.device)
+        c = self.c if isinstance(i, slice) else self.c.select(i)
+        return self.model(x_t[i], t, c, None, condition).float()
 
-    def estimate(self, logits, u):
-        """The guess (B,) and x_1_hat (B, D) that logits (B, V_size) stand for."""
-        guess = choose(logits, u, temperature=1.0 if self.sampler.guess == "sample" else 0.0)
-        return guess, logits.softmax(-1) @ self.V if self.sampler.guess == "mean" else self.V[guess]
+    def best(self, logits, i=slice(None)):
+        """The guess at the positions i, (n,): the most probable token, or a sampled one."""
+        if self.sampler.guess == "sample":
+            return choose(logits, self.u[i, self.n_evaluations])
+        return logits.argmax(-1)
 
-    def write_trace(self, t, r):
+    def embed(self, logits, guess):
+        """x_1_hat (N, D) of logits and guess, in float32 also under autocast."""
+        if self.sampler.guess != "mean":
+            return self.tables.V[guess]
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits.softmax(-1) @ self.tables.V
+
+    def write_trace(self, t, i):
         if self.trace is None:
             return
-        times = t.tolist() if torch.is_tensor(t) else [t] * len(self.label)
-        p, guess = probability(self.logits, self.guess).tolist(), self.guess.tolist()
-        for i in torch.arange(len(self.label))[r if isinstance(r, slice) else r.cpu()].tolist():
-            self.trace[i].append((times[i], guess[i], p[i]))
-
-
-def predict(f, x_0, sampler):
-    """Algorithm 1 for one token: from x_0 (B, D) through sampler.steps evaluations of the denoiser f.
-
-    Returns logits (B, V_size), those of each row's last evaluation.
-    """
-    if sampler.steps == 1:
-        return f.logits                                                       # the trunk's
-    t_end = sampler.t_end or last_time(sampler.steps)
-    if sampler.solver == "adaptive":
-        adaptive(f, x_0, sampler.steps, sampler.tol, t_end)                   # its last evaluation was the last
-    else:
-        x, t = integrate(f, x_0, sampler.steps, sampler.solver, t_end, sampler.shift)
-        f(x, t, last=True)
-    return f.logits
-
-
-def row_noise(ids, seed, max_new_tokens, x_dim, sampler, device):
-    """x_0 / sigma (B, max_new_tokens, x_dim) and uniforms u (B, max_new_tokens, steps + 1) of the rows ids.
-
-    Every row has its own generator, so that it draws the same whatever else is in its batch. u[:, :, 0], for the final
-    choice, and x_0 come first, so that they are the same for every number of steps.
-    """
-    x_0, u = [], []
-    for i in ids:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2 ** 63)
-        choice = torch.rand(max_new_tokens, 1, generator=generator)
-        x_0.append(torch.randn(max_new_tokens, x_dim, generator=generator))
-        u.append(torch.cat([choice, torch.rand(max_new_tokens, sampler.steps, generator=generator)], 1))
-    return torch.stack(x_0).to(device), torch.stack(u).to(device)
-
-
-def next_token(model, sampler, V, tables, c, label, x_0, u, trace=None):
-    """The next token of each row, (B,), by Algorithm 1, and its path calls (B,). Arguments as of Denoiser and predict.
-
-    Where c has no h, the trunk first reads c.token at c.pos into c.kv.
-    """
-    if c.h is None:
-        h, kv = model.trunk(c.token[:, None], c.pos[:, None], c.kv, c.mask)
-        c = Context(h[:, 0], c.token, c.pos, kv, None, c.mask)
-    f = Denoiser(model, sampler, V, tables, c, label, u, trace)
-    logits = predict(f, x_0, sampler)
-    return choose(logits, u[:, 0], sampler.temperature, sampler.top_k), f.nfe
-
-
-def compiled_next_token(*constants):
-    """next_token as one graph of static shapes; on a GPU a CUDA graph, in which no kernel waits for Python.
-
-    constants: what stays where it is from token to token (nested tensors): a CUDA graph need not copy it, and may write to it.
-    Not yet run on a GPU.
-    """
-    for z in tree_leaves(constants):
-        if torch.is_tensor(z):
-            torch._dynamo.mark_static_address(z, guard=False)
-    return torch.compile(next_token, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        times = t.tolist() if torch.is_tensor(t) else [t] * len(self.nfe)
+        p = self.last.softmax(-1).gather(1, self.guess[:, None])[:, 0].tolist()
+        for n in torch.arange(len(self.nfe))[i if isinstance(i, slice) else i.cpu()].tolist():
+            self.trace[n].append((times[n], self.guess[n].item(), p[n]))
 
 
 @torch.no_grad()
-def generate(model, prompts, eot, max_new_tokens, sampler=Sampler(), label=None, seed=0, ids=None, trace=False, compile=False):
-    """Continue each prompt until the end of text: greedy or sampled decoding, each token by Algorithm 1.
+def teacher_forced(model, idx, at, sampler, generator, label=None):
+    """Algorithm 1 at every position given its true context, all at once: what no text generated before can blur.
 
-    prompts: a list of B non-empty lists of token ids, of any lengths; eot: the id that ends a text; label: B
-    guidance labels, or None for none; seed and ids (B integers, 0..B-1 by default): the randomness of row i
-    depends on (seed, ids[i]) alone. A row is cut where block_size is reached. Rows that have ended leave the
-    batch. compile: from the second token on, a step is one compiled graph (the first use takes minutes; rows that have
-    ended stay, attention covers the whole cache); not with stop, adaptive or trace. Returns a list of B Generated; with
-    trace, each says how its guesses changed.
+    idx (B, T); at = (rows, columns), each (N,); label (B,) or None; generator draws the noise. Returns logits
+    (N, V_size) and path calls (N,).
     """
-    device, path, B = model.trunk.wte.weight.device, model.path, len(prompts)
-    assert path is not None or sampler.steps == 1, "without a path there is only steps = 1"
-    assert not compile or sampler.fixed and not trace, "a compiled step makes the same evaluations for every token"
-    ids = range(B) if ids is None else ids
-    D, sigma = (path.config.x_dim, path.config.sigma) if sampler.steps > 1 else (0, 0.0)
-    label = torch.tensor([model.no_label] * B if label is None else label, device=device)
-    x_0, u = row_noise(ids, seed, max_new_tokens, D, sampler, device)
-    V = path.token_space(model.trunk.wte.weight) if sampler.steps > 1 else None   # once: it is constant now
-    tables, out = {}, [Generated() for _ in prompts]
-    rows, live = list(range(B)), range(B)       # the output that each row of the batch writes to; the rows that go on
-
-    lengths = [len(p) for p in prompts]
-    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)  # (B, P)
-    pos = torch.tensor(lengths, device=device) - 1                            # (B,) where the next token is predicted
-    c = model.read(idx, (torch.arange(B, device=device), pos))
-    token, block_size, P = c.token, model.trunk.config.block_size, idx.size(1)
-    length = min(P + max_new_tokens, block_size)
-    cache, predict_next, h = c.kv, next_token, c.h
-
-    for n in range(max_new_tokens):
-        # Right padding is harmless: a row sees keys up to its own position and overwrites the padding as it grows.
-        S = length if compile else min(P + n, block_size)
-        masked = compile or min(lengths[row] for row in rows) < P             # else every row sees all S keys
-        mask = (torch.arange(S, device=device) <= pos[:, None])[:, None, None] if masked else None   # (B, 1, 1, S)
-        if n == 0 or S > cache[0][0].size(2):                                 # little longer than S: a CPU then reads it faster
-            cache = new_cache(cache, length if compile else min(S + 7, length))
-        kv = cache if compile else first_keys(cache, S)                       # a CUDA graph wants the tensors themselves, no views
-        c, traces = Context(h, token, pos, kv, None, mask), [[] for _ in rows] if trace else None
-        token, nfe = predict_next(model, sampler, V, tables, c, label, sigma * x_0[:, n], u[:, n], traces)
-        if compile and n == 0:                                                # now tables is full
-            predict_next = compiled_next_token(V, tables, cache)
-        token, h = token.clone(), None          # a CUDA graph will overwrite its output; from here on the trunk reads token
-
-        going, ys, calls, positions = [], token.tolist(), nfe.tolist(), pos.tolist()
-        for i in live:
-            o = out[rows[i]]
-            o.predicted, o.nfe, o.ended = o.predicted + 1, o.nfe + calls[i], ys[i] == eot
-            if not o.ended:
-                o.tokens.append(ys[i])
-                if positions[i] + 1 < block_size:
-                    going.append(i)
-            if trace:
-                o.trace.append(traces[i])
-        live = going
-        if not live:
-            break
-        if len(going) < len(rows) and not compile:                            # those that ended leave the batch
-            keep = torch.tensor(going, device=device)
-            rows, live = [rows[i] for i in going], range(len(going))
-            token, pos, label, x_0, u = (z[keep] for z in (token, pos, label, x_0, u))
-            cache = [(k[keep], v[keep]) for k, v in cache]
-        pos = (pos + 1).clamp(max=length - 1)                                 # the limit is for rows that have ended
-    return out
-
-
-@torch.no_grad()
-def teacher_forced(model, idx, targets, sampler, generator, label=None):
-    """Algorithm 1 at every target given its true context, all at once: sharper than comparing generated texts.
-
-    idx, targets (B, T) as in nll; label (B,) or None; generator draws the noise. Returns for the N targets, in row
-    order, -log p of the target (N,), whether it was the most probable token (N,), and path calls (N,).
-    """
-    at = (targets >= 0).nonzero(as_tuple=True)
-    y, path = targets[at], model.path
-    label = torch.full_like(y, model.no_label) if label is None else label[at[0]]
-    V = x_0 = None
+    c, n = model.read(idx, at), len(at[0])
+    label = model.no_label if label is None else label[at[0]]
+    tables = x_0 = None
     if sampler.steps > 1:
-        V = path.token_space(model.trunk.wte.weight)
-        x_0 = path.config.sigma * torch.randn(len(y), path.config.x_dim, generator=generator, device=y.device)
-    u = torch.rand(len(y), sampler.steps + 1, generator=generator, device=y.device)
-    f = Denoiser(model, sampler, V, {}, model.read(idx, at), label, u)
-    logits = predict(f, x_0, sampler)
-    return F.cross_entropy(logits, y, reduction="none"), logits.argmax(-1) == y, f.nfe
+        tables, config = Tables(model), model.path.config
+        x_0 = config.sigma * torch.randn(n, config.x_dim, generator=generator, device=idx.device)
+    u = torch.rand(n, sampler.steps + 1, generator=generator, device=idx.device)
+    f = Denoiser(model, sampler, tables, c, label, u)
+    return predict(f, x_0, sampler), f.nfe
+

@@ -1,40 +1,38 @@
 """
-GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion
-Finetuning", arXiv 2501.15781; "Eq." below are the paper's).
+GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
+arXiv 2501.15781; "Eq." below are the paper's).
 
-The *trunk* is GPT-2, left as it is. The *path* runs beside it: it takes a noised embedding x_t of the
-token to predict, attends to the trunk's keys and values, and its output is added to the trunk's once,
-before the final norm and the head. diffusion.py says where x_t comes from and how it is used.
+The *trunk* is GPT-2, frozen. The *path* runs beside it. It takes a noised embedding x_t of the token to predict,
+attends to the trunk's keys and values, and is added to the trunk once, before the final norm and the head.
+diffusion.py says where x_t comes from.
 
 Shapes and symbols, here and in diffusion.py:
-    B, T    batch, sequence                        C, L, H  n_embd, n_layer, n_head
-    S       keys visible to a query                V_size   vocabulary
-    N       positions at which a token is predicted: in training the targets of the whole batch, flat;
-            in sampling the rows, one position each
-    D       x_dim, the size of the token space     V        (V_size, D), the table of Eq. 5
+    B, T    batch, sequence length                 C, L, H  n_embd, n_layer, n_head
+    S       keys that a query may look at          V_size   vocabulary
+    N       positions at which a token is predicted, flat: in training the targets of a batch, in decoding
+            one or more positions of each row
+    D       x_dim, size of the token space         V        (V_size, D), the table of Eq. 5
     x_t     (N, D)  noised token embedding         t        (N,) in [0, 1]: 0 is noise, 1 is data
     w_d     (N, C)  weight of the path (Eq. 6), exactly 0 at t = 0
-    kv      a list of L pairs (k, v), each (B, H, S, C/H): the trunk's keys and values, a plain value
-    c       a Context: what the trunk has read, the c of f(x_t, t, c)
+    kv      a list of L pairs (k, v), each (B, H, S, C/H): the trunk's keys and values
+    c       a Context: what the trunk has read, the c of the paper's f(x_t, t, c)
 
 Classes go from leaf to root: LoRALinear, Attention, MLP, Block, GPT; then PathBlock, DiffusionPath; then
 Context and L2D, the pair.
 """
 import copy
 import math
-import os
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from gpt2_weights import load_gpt2
 
 
-# ---------------------------------------------------------------------------------------------- the trunk
+# ------------------------------------------------------------------------------------------- the trunk
 @dataclass(frozen=True)
 class GPTConfig:
     block_size: int = 1024
@@ -47,8 +45,8 @@ class GPTConfig:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
             raise UserError(f"error: every size of the trunk must be at least 1, not {self}")
         if self.n_embd % self.n_head:
-            raise UserError(f"error: n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                            f"each head takes n_embd / n_head channels")
+            raise UserError(f"error: n_embd={self.n_embd} is not divisible by n_head={self.n_head}; each head "
+                            "takes n_embd / n_head channels")
 
 
 GPT2_SIZES = {
@@ -67,42 +65,38 @@ def borrow(module, name, value):
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / rank) B A x (Hu et al. 2021), with B = 0 at the start.
 
-    linear: the nn.Linear that holds W and b. owned: register it here (the trunk's own LoRA), or only borrow
-    it from the trunk (the path's LoRA). rows: use only the first `rows` outputs of W (the queries of c_attn).
+    linear: the nn.Linear that holds W and b, which do not train. owned: register it here (a LoRA on the trunk),
+    or only borrow it from the trunk (the path's LoRA). n_out: use only the first n_out outputs of W (the queries
+    of c_attn).
     """
-    def __init__(self, linear, rank, alpha, owned, rows=None):
+    def __init__(self, linear, rank, alpha, owned, n_out=None):
         super().__init__()
-        rows = rows or linear.out_features
         if owned:
             self.linear = linear.requires_grad_(False)
         else:
             borrow(self, "linear", linear)
-        self.rows, self.scale = rows, alpha / rank
+        self.n_out, self.scale = n_out or linear.out_features, alpha / rank
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(rows, rank))
+        self.lora_B = nn.Parameter(torch.zeros(self.n_out, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        y = F.linear(x, self.linear.weight[:self.rows], self.linear.bias[:self.rows])
+        y = F.linear(x, self.linear.weight[:self.n_out], self.linear.bias[:self.n_out])
         return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
-
-    @torch.no_grad()
-    def merged(self):
-        """The same map as a plain nn.Linear."""
-        self.linear.weight += self.scale * self.lora_B @ self.lora_A
-        return self.linear
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(C/H)) v, as in GPT-2.
+    """softmax(q k^T / sqrt(C/H)) v.
 
     q (B, T, C); k, v (B, H, S, C/H); mask (B, 1, T, S), True = visible. Without a mask, T = S queries attend
-    causally and a single query attends to everything. Returns (B, T, C).
+    causally and a single query attends to every key. Returns (B, T, C).
     """
     B, T, C = q.shape
-    q = q.view(B, T, k.size(1), -1).transpose(1, 2)                           # (B, H, T, C/H)
+    q = q.view(B, T, k.size(1), -1).transpose(1, 2)                      # (B, H, T, C/H)
     assert mask is not None or T in (1, k.size(2)), "the causal mask needs as many queries as keys"
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+    # a bool, not `mask is None and T > 1`: that turns symbolic once T varies, and torch.compile breaks on it
+    is_causal = True if mask is None and T > 1 else False
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     return y.transpose(1, 2).reshape(B, T, C)
 
 
@@ -110,22 +104,17 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)             # query, key, value
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)        # query, key, value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, pos=None, mask=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
-        k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (k, v))  # (B, H, T, C/H)
-        if cache is not None:
-            k, v = write_cache(cache, k, v, pos)                              # (B, H, S, C/H)
+        k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (k, v))   # (B, H, T, C/H)
+        if cache is not None:                                            # write k, v at pos, read them all
+            where = pos[:, None, :, None].expand_as(k)
+            k, v = cache[0].scatter_(2, where, k), cache[1].scatter_(2, where, v)  # (B, H, S, C/H)
         return self.c_proj(attention(q, k, v, mask)), (k, v)
-
-
-def write_cache(cache, k, v, pos):
-    """Write k, v (B, H, T, C/H) at positions pos (B, T) of the preallocated pair cache; return the pair."""
-    where = pos[:, None, :, None].expand_as(k)
-    return cache[0].scatter_(2, where, k), cache[1].scatter_(2, where, v)
 
 
 class MLP(nn.Module):
@@ -134,7 +123,7 @@ class MLP(nn.Module):
         self.c_fc, self.c_proj = c_fc, c_proj
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))          # GPT-2's GELU is the tanh form
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))     # GPT-2's GELU is the tanh form
 
 
 class Block(nn.Module):
@@ -148,6 +137,10 @@ class Block(nn.Module):
         y, kv = self.attn(self.ln_1(x), cache, pos, mask)
         x = x + y
         return x + self.mlp(self.ln_2(x)), kv
+
+    def linears(self):
+        """(owner, name) of every linear map."""
+        return [(self.attn, "c_attn"), (self.attn, "c_proj"), (self.mlp, "c_fc"), (self.mlp, "c_proj")]
 
 
 class GPT(nn.Module):
@@ -163,25 +156,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices and embeddings N(0, 0.02^2), the two c_proj of each block N(0, 0.02^2 / 2L), biases 0, norms 1."""
+        """Matrices and embeddings N(0, 0.02^2); c_proj N(0, 0.02^2 / 2L); biases 0; norms 1."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, idx, pos=None, cache=None, mask=None):
         """Everything before the final norm.
 
-        idx (B, T) token ids; pos (B, T) their positions, 0..T-1 if not given. With a cache (made by new_cache, cut by first_keys)
-        the keys and values are written into it at pos and attention sees what mask (B, 1, T, S) says, or without
-        a mask all of it (a single query then).
-        Returns h (B, T, C) and kv, a list of L pairs (k, v) of shape (B, H, S, C/H).
+        idx (B, T) token ids; pos (B, T) their positions, 0..T-1 if not given. cache: L pairs (k, v) of shape
+        (B, H, S, C/H), into which keys and values are written at pos. mask (B, 1, T, S) as in attention.
+        Returns the states h (B, T, C), and kv.
         """
         if pos is None:
             pos = torch.arange(idx.size(1), device=idx.device)[None].expand_as(idx)
-        x = self.wte(idx) + self.wpe(pos)                                     # (B, T, C)
+        x = self.wte(idx) + self.wpe(pos)                                # (B, T, C)
         kv = []
         for i, block in enumerate(self.h):
             x, pair = block(x, cache[i] if cache is not None else None, pos, mask)
@@ -189,89 +180,47 @@ class GPT(nn.Module):
         return x, kv
 
     def lm_head(self, h):
-        return F.linear(h, self.wte.weight)                                   # tied to the embedding
+        return F.linear(h, self.wte.weight)                              # tied to the embedding
 
-    def head(self, h, words=None):
-        """(..., C) -> logits (..., V_size); of h (N, C) and a list of token ids for each row, words (N, k), only theirs, (N, k)."""
-        h = self.ln_f(h)
-        if words is not None and words.numel() < len(self.wte.weight):        # else fetching them reads more than the whole head
-            return (self.wte.weight[words] @ h[:, :, None])[:, :, 0]
-        logits = self.lm_head(h)
-        return logits if words is None else logits.gather(1, words)
+    def head(self, h):
+        """States (..., C) -> logits (..., V_size)."""
+        return self.lm_head(self.ln_f(h))
 
     def add_lora(self, rank, alpha):
-        """Freeze everything and put a LoRA on each linear map of each block."""
-        self.requires_grad_(False)
+        """Put a LoRA on each linear map of each block, to be trained; the weights below do not."""
         for block in self.h:
-            for owner, name in linears(block):
+            for owner, name in block.linears():
                 setattr(owner, name, LoRALinear(getattr(owner, name), rank, alpha, owned=True))
 
+    @torch.no_grad()
     def merge_lora(self):
-        """Undo add_lora, keeping what the LoRA learned in the weights (a path that borrows them sees the change)."""
+        """Undo add_lora in place: what the LoRA learned goes into the weights, W + (alpha / rank) B A."""
         for block in self.h:
-            for owner, name in linears(block):
-                setattr(owner, name, getattr(owner, name).merged())
-
-    @classmethod
-    def from_pretrained(cls, name):
-        """GPT-2 weights from a hub name (see GPT2_SIZES), a .safetensors file or a directory that has one.
-
-        Raises UserError where the file cannot be had, is damaged, or is not GPT-2.
-        """
-        tensors, n_head, path = load_gpt2(name)
-        block_size, (vocab_size, n_embd) = tensors["wpe.weight"].shape[0], tensors["wte.weight"].shape
-        n_layer = len({key.split(".")[1] for key in tensors if key.startswith("h.")})
-        model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
-        load_state(model, tensors, path)
-        return model
+            for owner, name in block.linears():
+                lora = getattr(owner, name)
+                lora.linear.weight += lora.scale * lora.lora_B @ lora.lora_A
+                setattr(owner, name, lora.linear)
 
 
-def linears(block):
-    return [(block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")]
-
-
-def new_cache(kv, length):
-    """The keys and values of a prompt, kv, with room for `length` positions in all: a preallocated cache."""
-    return [tuple(F.pad(z, (0, 0, 0, length - z.size(2))) for z in pair) for pair in kv]
-
-
-def first_keys(cache, S):
-    """A view of the first S positions of a cache."""
-    return [(k[:, :, :S], v[:, :, :S]) for k, v in cache]
-
-
-# ------------------------------------------------------------------------------------------------ loading
-def load_state(module, tensors, source):
-    """load_state_dict that names all missing, unexpected and misshapen tensors at once, in one line."""
-    own = module.state_dict()
-    differ = [f"missing {k}" for k in own.keys() - tensors.keys()]
-    differ += [f"unexpected {k}" for k in tensors.keys() - own.keys()]
-    differ += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}"
-               for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
-    if differ:
-        raise UserError(f"error: {source} does not fit this model: " + "; ".join(sorted(differ)))
-    module.load_state_dict(tensors)
-
-
-# ----------------------------------------------------------------------------------------- the diffusion path
+# ----------------------------------------------------------------------------------- the diffusion path
 @dataclass(frozen=True)
 class PathConfig:
-    mode: str = "full"              # full: its own copy of the blocks; lora: the trunk's weights with a LoRA
-    x_dim: int = 256                # D, the size of the token space
-    t_dim: int = 256                # width of the time embedding and of the modulation heads
+    # the diffusion path
+    path_mode: Literal["none", "lora", "full"] = "full"  # a LoRA on the trunk's weights, or a full copy of its blocks
+    lora_rank: int = 32             # of the path's LoRA, and of the trunk's
+    lora_alpha: float = 32.0
+    x_dim: int = 256                # D, size of the token space
+    t_dim: int = 256                # E, width of the time embedding
     sigma: float = 64.0             # standard deviation of the noise x_0
-    input_scale: str = "wiener"     # how x_t enters: wiener (linear estimate of x_1) or unit (unit variance; official code)
-    time_scale: float = 1000.0      # t is multiplied by this before its sinusoidal features (official code: 1)
-    gate_init: float = 1.0          # deviation 2: residual gates of the path at the start (official code: 0)
-    token_input: bool = True        # deviation 2: add the context's last token to the path's input (paper: x_t alone)
-    w_init: float = 1.0             # deviation 2: w_d rises from 0 at t = 0 to about this at the start (official code: 0)
-    n_labels: int = 0               # labels for guidance; index n_labels means "no label"
-    rank: int = 32                  # of the LoRA, mode lora
-    alpha: float = 32.0
+    input_scale: Literal["wiener", "unit"] = "wiener"  # how x_t enters the path (deviation 3); unit: the paper
+    time_scale: float = 1000.0      # factor on t before its sinusoids (deviation 4); 1: the paper
+    token_input: bool = True        # the last token enters the path, too (deviation 2); False: the paper
+    gate_init: float = 1.0          # gates of the path's residuals at the start (deviation 2); 0: the paper
+    w_init: float = 1.0             # w_d at the start, for t > 0 (deviation 2); 0: the paper
 
 
 def two_layers(n_in, n_hidden, n_out, zero=False, bias=True):
-    """Linear - SiLU - Linear; zero: the last layer starts at 0, so that what it controls starts off."""
+    """Linear - SiLU - Linear. zero: the last layer starts at 0, so that what it controls starts off."""
     net = nn.Sequential(nn.Linear(n_in, n_hidden), nn.SiLU(), nn.Linear(n_hidden, n_out, bias))
     if zero:
         for p in net[2].parameters():
@@ -280,21 +229,21 @@ def two_layers(n_in, n_hidden, n_out, zero=False, bias=True):
 
 
 def time_features(t, dim, time_scale):
-    """Sinusoids of t (N,) (deviation 4: time_scale) -> (N, dim), with periods from 2 pi to 2 pi * 10^4 in units of t * time_scale."""
+    """Sinusoids of time_scale * t (deviation 4), of periods 2 pi to 2 pi * 10^4. t (N,) -> (N, dim)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = time_scale * t[:, None] * freqs                                  # (N, dim / 2)
+    angles = time_scale * t[:, None] * freqs                             # (N, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def scale_input(x_t, t, sigma, kind):
-    """What the path is fed (deviation 3), float32 (N, D): x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2 in each
-    coordinate, where x_1 has 1 (|x_1|^2 = D, Eq. 5) and mean about 0.
+    """What the path is fed (deviation 3), float32 (N, D).
 
-    unit:   x_t / sqrt(variance), of unit variance at every t [official code].
+    A coordinate of x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2, since one of x_1 has 1 (Eq. 5).
+    unit:   x_t / sqrt(variance), of unit variance at every t [the paper's code].
     wiener: t x_t / variance, the best linear estimate of x_1: near 0 while x_t says nothing.
     """
-    var = t * t + (1 - t) ** 2 * sigma ** 2                                   # (N,)
-    gain = t / var if kind == "wiener" else var.rsqrt()
+    variance = t * t + (1 - t) ** 2 * sigma ** 2                         # (N,)
+    gain = t / variance if kind == "wiener" else variance.rsqrt()
     return x_t * gain[:, None]
 
 
@@ -302,87 +251,81 @@ class PathBlock(nn.Module):
     """A block of the path: GPT-2's, but its queries look at the trunk's keys and values, and t modulates it."""
     def __init__(self, block, config):
         super().__init__()
-        C = block.ln_1.normalized_shape[0]
-        attn, mlp = block.attn, block.mlp
-        if config.mode == "full":
+        C, attn, mlp = block.ln_1.normalized_shape[0], block.attn, block.mlp
+        if config.path_mode == "full":
             self.c_q = nn.Linear(C, C)
-            self.c_q.weight.data.copy_(attn.c_attn.weight[:C])                # the query third of c_attn
+            self.c_q.weight.data.copy_(attn.c_attn.weight[:C])           # the query third of c_attn
             self.c_q.bias.data.copy_(attn.c_attn.bias[:C])
-            self.ln_1, self.c_proj, self.ln_2, self.mlp = map(copy.deepcopy, (block.ln_1, attn.c_proj, block.ln_2, mlp))
+            copies = map(copy.deepcopy, (block.ln_1, attn.c_proj, block.ln_2, mlp))
+            self.ln_1, self.c_proj, self.ln_2, self.mlp = copies
             self.requires_grad_(True)
         else:
             borrow(self, "ln_1", block.ln_1)
             borrow(self, "ln_2", block.ln_2)
-            lora = lambda linear, rows=None: LoRALinear(linear, config.rank, config.alpha, owned=False, rows=rows)
-            self.c_q, self.c_proj = lora(attn.c_attn, rows=C), lora(attn.c_proj)
+            def lora(linear, n_out=None):
+                return LoRALinear(linear, config.lora_rank, config.lora_alpha, owned=False, n_out=n_out)
+            self.c_q, self.c_proj = lora(attn.c_attn, n_out=C), lora(attn.c_proj)
             self.mlp = MLP(lora(mlp.c_fc), lora(mlp.c_proj))
         self.modulation = two_layers(config.t_dim, config.t_dim, 6 * C, zero=True)
-        with torch.no_grad():                   # chunks: scale, shift, gate of attention, then of the MLP
+        with torch.no_grad():                                            # the two gates of what modulate returns
             self.modulation[2].bias.view(6, C)[[2, 5]] = config.gate_init
 
-    def forward(self, h, modulation, k, v, at, mask):
-        """h (N, C); modulation (N, 6C); k, v (B, H, S, C/H); at, mask as in Context."""
-        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
-        q = self.c_q(modulated_norm(h, self.ln_1, scale_1, shift_1))          # (N, C)
-        h = h + gate_1 * self.c_proj(attend_at(q, k, v, at, mask))
-        return h + gate_2 * self.mlp(modulated_norm(h, self.ln_2, scale_2, shift_2))
+    def modulate(self, emb):
+        """Time embedding (N, E) -> (N, 6C): weight, bias and gate of attention's norm, then of the MLP's."""
+        no_gate = torch.zeros_like(self.ln_1.weight)
+        norms = [self.ln_1.weight, self.ln_1.bias, no_gate, self.ln_2.weight, self.ln_2.bias, no_gate]
+        return self.modulation(emb) + torch.cat(norms)
+
+    def forward(self, h, modulation, kv, at, mask):
+        """h (N, C); modulation (N, 6C) or (1, 6C) from modulate; kv, at, mask as in Context."""
+        weight_1, bias_1, gate_1, weight_2, bias_2, gate_2 = modulation.chunk(6, dim=-1)
+        q = self.c_q(norm(h) * weight_1 + bias_1)                        # (N, C)
+        h = h + gate_1 * self.c_proj(attend_at(q, *kv, at, mask))
+        return h + gate_2 * self.mlp(norm(h) * weight_2 + bias_2)
 
 
-def modulated_norm(h, ln, scale, shift):
-    """LayerNorm with gamma + scale and beta + shift in place of gamma and beta. All (N, C) or (1, C)."""
-    return F.layer_norm(h, h.shape[-1:]) * (ln.weight + scale) + (ln.bias + shift)
+def norm(h):
+    return F.layer_norm(h, h.shape[-1:])
 
 
 def attend_at(q, k, v, at, mask):
     """Attention of N single queries (N, C) over the trunk's k, v (B, H, S, C/H) -> (N, C).
 
-    at = (rows, cols): query i stands in row rows[i] at position cols[i] and sees the keys 0..cols[i] there.
-    They are laid out as (B, S, C) so that one causal kernel (flash attention on GPU) serves them all.
-    at = None: one query per row, which sees what mask (B, 1, 1, S) says.
+    The queries lie in a grid (B, Q): query i in row at[0][i], column at[1][i]. at = None: they fill it in order.
+    mask (B, 1, Q, S) says which keys each place of the grid sees. Without a mask Q is 1, and a query sees every key;
+    or Q = S, and column k sees the keys 0..k, so that one causal kernel (flash attention) serves all of them.
     """
+    B, _, S, _ = k.shape
     if at is None:
-        return attention(q[:, None], k, v, mask)[:, 0]
-    B, H, S, d = k.shape
-    laid_out = q.new_zeros(B, S, H * d).index_put(at, q)
-    return attention(laid_out, k, v)[at]
+        return attention(q.view(B, -1, q.size(1)), k, v, mask).view(q.shape)
+    grid = q.new_zeros(B, S if mask is None else mask.size(2), q.size(1)).index_put(at, q)
+    return attention(grid, k, v, mask)[at]
 
 
 class DiffusionPath(nn.Module):
     """The path of L2D: as many blocks as the trunk, initialised from it (see PathBlock).
 
-    trunk: a GPT, read for the initial weights. Zero at the start: the shifts and scales, and what x_t adds to the
-    input. So a fresh path computes the trunk's own states, added to the trunk's they keep their direction, and the pair
-    predicts what the trunk does at every t (deviation 2; with token_input=False, gate_init=0, w_init=0 it starts as in the official code).
+    At the start what x_t and t add is zero, and w_d is w_init for t > 0: the path computes the trunk's own states,
+    and the pair predicts at every t what the trunk does (deviation 2). With token_input=False, gate_init=0, w_init=0
+    it starts as in the paper. Label n_labels means "no label".
     """
-    def __init__(self, trunk, config):
+    def __init__(self, trunk, config, n_labels):
         super().__init__()
-        self.config = config
+        self.config, self.n_labels = config, n_labels
         C, D, E = trunk.config.n_embd, config.x_dim, config.t_dim
-        self.W = nn.Linear(C, D, bias=False)                                  # Eq. 5
-        self.x_in = two_layers(D, D, C, zero=config.token_input)              # deviation 2
+        self.W = nn.Linear(C, D, bias=False)                             # Eq. 5
+        self.x_in = two_layers(D, D, C, zero=config.token_input)         # deviation 2
         self.t_in = two_layers(E, E, E)
-        self.label = nn.Embedding(config.n_labels + 1, E)                     # the last one: no label
+        self.label = nn.Embedding(n_labels + 1, E)
         nn.init.normal_(self.label.weight, std=0.02)
         self.h = nn.ModuleList(PathBlock(block, config) for block in trunk.h)
-        self.w = two_layers(E, E, C, zero=True, bias=False)                   # w(t) of Eq. 6; a bias would cancel in w_d
-        self.init_w_d()
-
-    @torch.no_grad()
-    def init_w_d(self):
-        """Make w_d(t) about w_init for t in (0, 1], in every channel.
-
-        w_d(t) = A (hidden(t) - hidden(0)) is linear in A, the last layer of w, so A follows by least squares. It rises from 0 at t = 0 within
-        the first hundredth (time_scale 1000; slowly with 1). From A = 0 it would take either sign by chance, and a negative one makes the
-        path undo the trunk.
-        """
-        hidden = self.w[:2](self.time_embedding(torch.linspace(0, 1, 1001), torch.tensor(self.config.n_labels)))   # (1001, E)
-        fit = torch.linalg.pinv(hidden[1:] - hidden[0], rtol=0.01).sum(1)     # (E,)
-        self.w[2].weight.copy_(self.config.w_init * fit)                      # the same in all C channels
+        self.w = two_layers(E, E, C, zero=True, bias=False)              # w(t) of Eq. 6; a bias would cancel
 
     def token_space(self, e):
         """Eq. 5: V_y = sqrt(D) W e_y / |W e_y|, float32. e (..., C) token embeddings -> (..., D)."""
         with torch.autocast(e.device.type, enabled=False):
-            return math.sqrt(self.config.x_dim) * F.normalize(self.W(e.to(self.W.weight.dtype)).float(), dim=-1)
+            V_y = self.W(e.to(self.W.weight.dtype)).float()
+            return math.sqrt(self.config.x_dim) * F.normalize(V_y, dim=-1)
 
     def time_embedding(self, t, label):
         """t (N,) and label (N,) -> (N, E)."""
@@ -390,52 +333,62 @@ class DiffusionPath(nn.Module):
         return self.t_in(features.to(self.W.weight.dtype)) + self.label(label)
 
     def condition(self, t, label):
-        """What depends on t (N,) and label (N,) alone: the modulations, L times (N, 6C), and w_d (N, C)."""
-        emb = self.time_embedding(t, label)                                   # (N, E)
-        # w(0) is computed in the same shape as w(t): another shape may round differently, and w_d(0) must be 0
-        w_d = self.w(emb) - self.w(self.time_embedding(torch.zeros_like(t), label))   # Eq. 6
-        return [block.modulation(emb) for block in self.h], w_d
+        """All that depends on t (N,) and label (N,) alone: L modulations (N, 6C), and w_d (N, C)."""
+        emb = self.time_embedding(t, label)                              # (N, E)
+        emb_0 = self.time_embedding(torch.zeros_like(t), label)          # in the same shape: it rounds the same
+        w_d = self.w(emb) - self.w(emb_0)                                # Eq. 6: exactly 0 at t = 0
+        w_d = w_d + self.config.w_init * (t > 0)[:, None].to(w_d.dtype)  # deviation 2
+        return [block.modulate(emb) for block in self.h], w_d
 
     def forward(self, x_t, t, start, modulations, c):
         """h_path (N, C), from x_t (N, D), t (N,) and the Context c; modulations from condition.
 
-        start (N, C), what the blocks see besides x_t: wpe at each position (deviation 1: GPT-2 has no rotary positions, so without it the queries would
-        not know where they stand), and with token_input the embedding of the token there (deviation 2).
+        start (N, C) is what enters besides x_t, see L2D.forward.
         """
         x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
-        h = self.x_in(x.to(self.W.weight.dtype)) + start                      # (N, C)
-        for block, modulation, (k, v) in zip(self.h, modulations, c.kv):
-            h = block(h, modulation, k, v, c.at, c.mask)
+        h = self.x_in(x.to(self.W.weight.dtype)) + start                 # (N, C)
+        for block, modulation, kv in zip(self.h, modulations, c.kv):
+            h = block(h, modulation, kv, c.at, c.mask)
         return h
 
 
-# ------------------------------------------------------------------------------------------------- the pair
+# -------------------------------------------------------------------------------------------- the pair
 class Context(NamedTuple):
-    """c in the paper: what the trunk has read, and all that predicting the next token at N positions needs of it."""
-    h: torch.Tensor                 # (N, C) the trunk's states there, before the final norm; None: token is still to be read
+    """c in the paper: what the trunk has read, and all that predicting the next token at N positions needs."""
+    h: torch.Tensor                 # (N, C) the trunk's states there, before the final norm
     token: torch.Tensor             # (N,) the token there, the last of its context
     pos: torch.Tensor               # (N,) its position
     kv: list                        # L pairs (k, v), each (B, H, S, C/H)
-    at: tuple = None                # (rows, cols), each (N,): where the N positions are in kv; None: position i is row i's
-    mask: torch.Tensor = None       # (B, 1, 1, S), only where at is None: True = visible; None = every key is
+    at: tuple = None                # (rows, columns), each (N,), in the grid of queries: see attend_at
+    mask: torch.Tensor = None       # (B, 1, Q, S), True = visible
 
-    def select(self, r):
-        """The same for some of the positions: r an index tensor, or a slice."""
-        if self.at is not None:
-            return Context(self.h[r], self.token[r], self.pos[r], self.kv, tuple(z[r] for z in self.at))
-        mask = None if self.mask is None else self.mask[r]
-        return Context(self.h[r], self.token[r], self.pos[r], [(k[r], v[r]) for k, v in self.kv], None, mask)
+    def select(self, i):
+        """The same for the positions i (n,) only, in their order; rows that hold none of them are left out."""
+        B, S = self.kv[0][0].size(0), self.kv[0][0].size(2)
+        if self.at is None:
+            n_columns = len(self.pos) // B
+            rows, columns = i // n_columns, i % n_columns
+        else:
+            rows, columns = (z[i] for z in self.at)
+        kept, rows = rows.unique(return_inverse=True)
+        kv, mask = self.kv, self.mask
+        if len(kept) < B:
+            kv, mask = [(k[kept], v[kept]) for k, v in kv], None if mask is None else mask[kept]
+        return Context(self.h[i], self.token[i], self.pos[i], kv, (rows, columns), mask)
 
 
 class L2D(nn.Module):
-    """Trunk and path. path = None is the trunk alone (the controls: a trunk finetuned or with LoRA)."""
+    """Trunk and path. The trunk is frozen here; a control unfreezes it: model.trunk.requires_grad_(True).
+
+    path = None is the trunk alone. Attribute no_label is the label that means none.
+    """
     def __init__(self, trunk, path=None):
         super().__init__()
-        self.trunk, self.path = trunk, path
-        self.no_label = path.config.n_labels if path is not None else 0       # the label that means none
+        self.trunk, self.path = trunk.requires_grad_(False), path
+        self.no_label = path.n_labels if path is not None else 0
 
     def read(self, idx, at):
-        """One trunk pass over idx (B, T): the Context of the positions at = (rows, cols), each (N,).
+        """One trunk pass over idx (B, T): the Context of the positions at = (rows, columns), each (N,).
 
         A frozen trunk runs without autograd: nothing is stored for a backward pass.
         """
@@ -448,70 +401,15 @@ class L2D(nn.Module):
         """x_1 of token ids (...): rows of V, (..., D). W gets gradients, the trunk's embedding none."""
         return self.path.token_space(self.trunk.wte.weight.detach()[ids])
 
-    def forward(self, x_t, t, c, label, condition=None, words=None):
+    def forward(self, x_t, t, c, label, condition=None):
         """f(x_t, t, c), logits (N, V_size), by Eq. 6: the head of h = h_trunk + w_d(t) * h_path.
 
-        x_t (N, D) and t (N,) float32; c a Context; label (N,) guidance labels; condition: the result of
-        path.condition(t, label), where it is already known; words (N, k): logits of these tokens only, (N, k).
+        x_t (N, D) and t (N,) float32; c a Context; label (N,) guidance labels. condition: path.condition(t, label)
+        where it is already known, for each position or one for all.
         """
         modulations, w_d = condition if condition is not None else self.path.condition(t, label)
-        start = self.trunk.wpe(c.pos)                                         # (N, C), deviation 1
-        if self.path.config.token_input:                                      # deviation 2
+        start = self.trunk.wpe(c.pos)                                    # (N, C), deviation 1
+        if self.path.config.token_input:                                 # deviation 2
             start = start + self.trunk.wte(c.token)
         h_path = self.path(x_t, t, start, modulations, c)
-        return self.trunk.head(c.h + w_d * h_path, words)
-
-
-def build(trunk, path_config=None, lora=None):
-    """The pair around a trunk. lora = (rank, alpha) puts one on the trunk, after the path has taken its copies."""
-    path = DiffusionPath(trunk, path_config) if path_config is not None else None
-    if lora is not None:
-        trunk.add_lora(*lora)
-    return L2D(trunk, path)
-
-
-def load_checkpoint(path):
-    """What train.py saved: a dict of tensors and primitives. Raises UserError where it cannot be read."""
-    if not os.path.exists(path):
-        config = f"config/{os.path.basename(os.path.dirname(path))}.py"       # out/NAME is where config/NAME.py writes
-        command = f"python train.py {config if os.path.exists(config) else 'config/demo_trunk.py, or bash demo.sh'}"
-        raise UserError(f"error: no checkpoint at {path}; make one first: {command}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(checkpoint, dict), "wrong contents"
-        missing = {"trunk_config", "trunk_lora", "path_config", "model"} - checkpoint.keys()
-        assert not missing, f"it has no {', '.join(sorted(missing))}"
-        return checkpoint
-    except Exception as e:
-        raise UserError(f"error: {path} is not a checkpoint of train.py, or is damaged "
-                        f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'wrong contents'})")
-
-
-def model_from_checkpoint(checkpoint, source):
-    """The L2D pair of a loaded checkpoint, on the CPU in float32."""
-    try:
-        trunk = GPT(GPTConfig(**checkpoint["trunk_config"]))
-        path_config = PathConfig(**checkpoint["path_config"]) if checkpoint["path_config"] else None
-    except TypeError as e:
-        raise UserError(f"error: {source} was written by another version of this code ({e}); train it again")
-    model = build(trunk, path_config, checkpoint["trunk_lora"])
-    load_state(model, checkpoint["model"], source)
-    return model
-
-
-def describe(model, trunk_lora=None):
-    """The part of a checkpoint that says what the model is: everything model_from_checkpoint needs."""
-    return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora,
-            "path_config": asdict(model.path.config) if model.path else None, "model": model.state_dict()}
-
-
-def device_kind(want):
-    """"cuda" or "cpu" for the option --device (auto, cpu, cuda). Raises UserError where there is no CUDA to use."""
-    if want == "cuda" and not torch.cuda.is_available():
-        raise UserError("error: --device=cuda, but this machine (or this build of torch) has no CUDA; use --device=cpu")
-    return "cuda" if want != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def dtype_name(want, kind):
-    """The name of the dtype for the option --dtype: auto is bfloat16 on cuda, float32 on cpu."""
-    return want if want != "auto" else "bfloat16" if kind == "cuda" else "float32"
+        return self.trunk.head(c.h + w_d * h_path)

@@ -1,0 +1,135 @@
+"""
+Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
+
+out_dir holds last.pt (all that --resume needs), previous.pt (the one before), best.pt (lowest validation loss;
+weights only) and, where the trunk is frozen, trunk.pt: written once, and named by its hash in the others, which then
+hold the path alone.
+"""
+import hashlib
+import io
+import os
+from dataclasses import asdict
+
+import torch
+
+from configurator import UserError
+from files import write_file
+from machine import pick_device, pick_dtype
+from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
+from tasks import fingerprint, load_tokenizer
+
+
+def load_state(module, tensors, source):
+    """load_state_dict that names all missing, unexpected and misshapen tensors at once, in one line."""
+    own = module.state_dict()
+    differ = [f"missing {k}" for k in own.keys() - tensors.keys()]
+    differ += [f"unexpected {k}" for k in tensors.keys() - own.keys()]
+    differ += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}"
+               for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    if differ:
+        raise UserError(f"error: {source} does not fit this model: {'; '.join(sorted(differ))}")
+    module.load_state_dict(tensors)
+
+
+def pretrained_trunk(name):
+    """GPT-2's weights by hub name, .safetensors file or directory, as a GPT. Raises UserError where they cannot be had,
+    are damaged, or are not GPT-2's."""
+    from gpt2_weights import load_gpt2
+    tensors, n_head, path = load_gpt2(name)
+    block_size, (vocab_size, n_embd) = tensors["wpe.weight"].shape[0], tensors["wte.weight"].shape
+    n_layer = len({key.split(".")[1] for key in tensors if key.startswith("h.")})
+    trunk = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
+    load_state(trunk, tensors, path)
+    return trunk
+
+
+# ------------------------------------------------------------------------------------------------ save
+def save(checkpoint, path, previous=None):
+    """Write whole or not at all: a kill while writing leaves what was there, which then becomes `previous`."""
+    write_file(f"{path}.new", lambda file: torch.save(checkpoint, file))
+    if previous and os.path.exists(path):
+        os.replace(path, previous)
+    os.replace(f"{path}.new", path)
+
+
+def describe(model, trunk_lora, out_dir):
+    """The part of a checkpoint that says what the model is, trunk_lora = (rank, alpha) or None. A frozen trunk goes to
+    out_dir/trunk.pt, once."""
+    tensors, trunk_sha256 = model.state_dict(), None
+    if not trunk_lora and not any(p.requires_grad for p in model.trunk.parameters()):
+        path, buffer = os.path.join(out_dir, "trunk.pt"), io.BytesIO()
+        if not hasattr(model, "trunk_sha256"):                           # it cannot change any more
+            torch.save(model.trunk.state_dict(), buffer)
+            model.trunk_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+            write_file(path, lambda file: file.write(buffer.getvalue()))
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("trunk.")}
+        trunk_sha256 = model.trunk_sha256
+    return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora, "trunk_sha256": trunk_sha256,
+            "path_config": asdict(model.path.config) if model.path else None, "n_labels": model.no_label,
+            "model": tensors}
+
+
+# ------------------------------------------------------------------------------------------------ load
+def load_checkpoint(path):
+    """What train.py saved, with the hash of the bytes read as "sha256". Raises UserError where it cannot be read."""
+    if not os.path.exists(path):
+        config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # out/NAME is where config/NAME.py writes
+        command = f"python train.py {config if os.path.exists(config) else 'config/demo_trunk.py, or bash demo.sh'}"
+        raise UserError(f"error: no checkpoint at {path}; make one first: {command}")
+    checkpoint, sha256 = read(path)
+    missing = {"trunk_config", "trunk_lora", "trunk_sha256", "path_config", "n_labels", "model"} - checkpoint.keys()
+    if missing:
+        raise UserError(f"error: {path} is not a checkpoint of this train.py: it has no {', '.join(sorted(missing))}")
+    if checkpoint["trunk_sha256"]:
+        trunk_path = os.path.join(os.path.dirname(path), "trunk.pt")
+        if not os.path.exists(trunk_path):
+            raise UserError(f"error: {path} holds the path alone, and its trunk, {trunk_path}, is not there; keep both "
+                            "files in one folder")
+        trunk, found = read(trunk_path)
+        if found != checkpoint["trunk_sha256"]:
+            raise UserError(f"error: {trunk_path} is not the trunk that {path} was trained on, or is damaged")
+        checkpoint["model"] |= {f"trunk.{k}": v for k, v in trunk.items()}
+    return checkpoint | {"sha256": sha256}
+
+
+def read(path):
+    """The dict in the file, and the sha256 of the file: of the bytes that were read, whatever happens to it later."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError("wrong contents")
+        return found, hashlib.sha256(data).hexdigest()
+    except Exception as e:                                               # torch raises anything on a damaged file
+        why = str(e).splitlines()[0] if str(e) else "wrong contents"
+        raise UserError(f"error: {path} is not a checkpoint of train.py, or is damaged ({type(e).__name__}: {why})")
+
+
+def pair_from(checkpoint, source):
+    """The L2D pair of a loaded checkpoint, on the CPU in float32, trunk frozen."""
+    try:
+        trunk = GPT(GPTConfig(**checkpoint["trunk_config"]))
+        path_config = PathConfig(**checkpoint["path_config"]) if checkpoint["path_config"] else None
+    except TypeError as e:
+        raise UserError(f"error: {source} was written by another version of this code ({e}); train it again")
+    path = DiffusionPath(trunk, path_config, checkpoint["n_labels"]) if path_config else None
+    model = L2D(trunk, path)
+    if checkpoint["trunk_lora"]:
+        trunk.add_lora(*checkpoint["trunk_lora"])
+    load_state(model, checkpoint["model"], source)
+    return model
+
+
+def load(out_dir, which="best", device="auto", dtype="auto"):
+    """The pair on its device, ready to sample, its tokenizer and its checkpoint. Raises UserError."""
+    device, path = pick_device(device), os.path.join(out_dir, f"{which}.pt")
+    checkpoint = load_checkpoint(path)
+    if missing := {"tokenizer", "data", "config"} - checkpoint.keys():
+        raise UserError(f"error: {path} has no {', '.join(sorted(missing))}: another version of train.py wrote it")
+    name = checkpoint["tokenizer"]["name"]
+    encoding = load_tokenizer(name)
+    if fingerprint(encoding) != checkpoint["tokenizer"]["fingerprint"]:
+        raise UserError(f"error: {path} was trained with another version of the tokenizer {name}; train it again")
+    model = pair_from(checkpoint, path).requires_grad_(False)
+    return model.to(device, pick_dtype(dtype, device)), encoding, checkpoint

@@ -1,0 +1,221 @@
+"""
+Texts: Algorithm 1 position after position, with the trunk's key-value cache, for prompts of any lengths at once.
+
+The trunk drafts. In a *round* the trunk writes K tokens by plain decoding. Then Algorithm 1 runs at the K positions
+together, each path call over all of them. Kept is the longest prefix on which its tokens equal the drafted ones, and
+the first that differs. K = 1 is Algorithm 1 token by token.
+
+Why the text is the same for every K. A path call at position k reads x_t of k, the trunk's keys and values at
+positions <= k, and nothing else. The noise and the uniform numbers of a position are fixed by (seed, row, position).
+So a prediction depends on the tokens before it alone, and every token kept had the right ones before it.
+What is wasted: trunk passes and path calls behind the first token that differs. What is gained: the path reads its
+weights once for K positions. It is speculative decoding (Leviathan et al. 2023) whose draft model is the trunk
+itself, whose passes over the tokens kept were needed anyway.
+"""
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from configurator import UserError
+from diffusion import Denoiser, Sampler, Tables, choose, predict
+from model import Context
+
+
+MOST_POSITIONS = 128    # of a round, all rows together: beyond, a path call is bound by arithmetic, and drafts only waste
+
+
+@dataclass(frozen=True)
+class Decoding(Sampler):
+    # how a text is written
+    max_new_tokens: int = 320
+    draft: int = 16                 # tokens that the trunk drafts in a round, at most; 0 = none. Changes no token
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_new_tokens < 1 or self.draft < 0 or self.seed < 0:
+            raise UserError(f"error: max_new_tokens={self.max_new_tokens} must be at least 1, "
+                            f"draft={self.draft} and seed={self.seed} at least 0")
+
+
+@dataclass
+class Generated:
+    """One row of generate: its new tokens without the end of text, whether it ended, and what it cost."""
+    tokens: list = field(default_factory=list)
+    ended: bool = False
+    predicted: int = 0              # tokens predicted, the end of text included
+    nfe: int = 0                    # path calls at the positions of these tokens
+    computed: int = 0               # path calls in all, those behind a rejected token of a draft included
+    rounds: int = 0
+    rejected: list = field(default_factory=list)    # indices of the tokens that differ from the draft
+    trace: list = field(default_factory=list)       # per predicted token, (t, guess, probability) of each evaluation
+
+
+@dataclass
+class Rows:
+    """The B rows that are still being written."""
+    out: list                       # the Generated of each
+    positions: list                 # the position of token, as numbers: shapes and masks depend on them
+    token: torch.Tensor             # (B,) the last token known
+    h: torch.Tensor                 # (B, C) the trunk's state there; None where the trunk has not read it yet
+    label: object                   # guidance labels (B,), or one number for all
+    x_0: torch.Tensor               # (B, max_new_tokens, D), of unit variance
+    u: torch.Tensor                 # (B, max_new_tokens, steps + 1)
+    cache: list                     # L pairs (k, v), each (B, H, S or more, C/H)
+
+    def keep(self, rows):
+        """Only these rows go on."""
+        i = torch.tensor(rows, dtype=torch.long, device=self.token.device)
+        self.out, self.positions = [self.out[r] for r in rows], [self.positions[r] for r in rows]
+        self.token, self.x_0, self.u = self.token[i], self.x_0[i], self.u[i]
+        self.label = self.label if type(self.label) is int else self.label[i]
+        self.cache = [(k[i], v[i]) for k, v in self.cache]
+
+    def grow(self, S):
+        """Room for S positions in the cache, and little more: a CPU reads it faster than one with much to spare."""
+        if S > self.cache[0][0].size(2):
+            self.cache = [tuple(F.pad(z, (0, 0, 0, S + 7 - z.size(2))) for z in pair) for pair in self.cache]
+
+    def keys(self, ahead, n_columns):
+        """kv, and mask (B, 1, n_columns, S) or None, of queries at the n_columns positions from position + ahead on."""
+        S = max(self.positions) + ahead + n_columns
+        kv = [(k[:, :, :S], v[:, :, :S]) for k, v in self.cache]
+        if n_columns == 1 and min(self.positions) == max(self.positions):     # every row sees all S keys
+            return kv, None
+        pos = self.steps_from(self.positions, n_columns) + ahead
+        return kv, (torch.arange(S, device=pos.device) <= pos[:, :, None])[:, None]
+
+    def steps_from(self, first, K):
+        """first, first + 1, ..., K numbers for each row: (B, K)."""
+        device = self.token.device
+        return torch.tensor(first, device=device)[:, None] + torch.arange(K, device=device)
+
+
+class Draft(NamedTuple):
+    """What the trunk wrote at K positions of each row, and what it read there."""
+    y: torch.Tensor                 # (B, K) the tokens
+    logits: torch.Tensor            # (B, K, V_size) it chose them from: the first evaluation of Algorithm 1
+    token: torch.Tensor             # (B, K) the token before each
+    h: torch.Tensor                 # (B, K, C) the trunk's state there
+    pos: torch.Tensor               # (B, K) the position there
+    n: torch.Tensor                 # (B, K) the index of y among the new tokens of its row
+    valid: torch.Tensor             # (B, K) bool: not behind a drafted end of text, nor beyond max_new_tokens
+
+
+def row_noise(ids, config, x_dim, device):
+    """x_0 / sigma (B, max_new_tokens, x_dim) and uniforms u (B, max_new_tokens, steps + 1) of the rows ids.
+
+    Every row has its own generator, so that it draws the same whatever else is in its batch. u[:, :, 0], for the
+    final choice, and x_0 come first, so that they are the same for every number of steps.
+    """
+    x_0, u, n = [], [], config.max_new_tokens
+    for i in ids:
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + i) % 2 ** 63)
+        choice = torch.rand(n, 1, generator=generator)
+        x_0.append(torch.randn(n, x_dim, generator=generator))
+        u.append(torch.cat([choice, torch.rand(n, config.steps, generator=generator)], 1))
+    return torch.stack(x_0).to(device), torch.stack(u).to(device)
+
+
+def read_prompts(model, prompts, config, label, ids):
+    """The Rows before the first round. Prompts are padded on the right: a row sees only keys up to its own position,
+    and overwrites the padding as it grows."""
+    device, positions = model.trunk.wte.weight.device, [len(prompt) - 1 for prompt in prompts]
+    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)  # (B, P)
+    c = model.read(idx, (torch.arange(len(prompts), device=device), torch.tensor(positions, device=device)))
+    x_0, u = row_noise(ids, config, model.path.config.x_dim if config.steps > 1 else 0, device)
+    label = label[0] if len(set(label)) == 1 else torch.tensor(label, device=device)
+    return Rows([Generated() for _ in prompts], positions, c.token, c.h, label, x_0, u, c.kv)
+
+
+def write_draft(model, rows, K, eot, config):
+    """A Draft of K tokens by plain decoding. Their keys and values are written into the cache."""
+    token, h, columns = rows.token, rows.h, []
+    pos, n = rows.steps_from(rows.positions, K), rows.steps_from([o.predicted for o in rows.out], K)
+    beyond, n = n >= config.max_new_tokens, n.clamp(max=config.max_new_tokens - 1)
+    u = rows.u[:, :, 0].gather(1, n)
+    for j in range(K):
+        if h is None:
+            h = model.trunk(token[:, None], pos[:, j:j + 1], *rows.keys(j, 1))[0][:, 0]       # (B, C)
+        logits = model.trunk.head(h).float()                             # (B, V_size)
+        y = choose(logits, u[:, j], config.temperature, config.top_k)
+        columns.append((y, logits, token, h))
+        token, h = y, None
+    y, logits, token, h = (torch.stack(column, 1) for column in zip(*columns))
+    ends = (y == eot).long()
+    return Draft(y, logits, token, h, pos, n, ~beyond & (ends.cumsum(1) == ends))
+
+
+def refine(model, rows, draft, tables, config, trace):
+    """Algorithm 1 at the N valid positions of a draft, all at once: its tokens (N,), and the Denoiser."""
+    at = None if draft.valid.all() else draft.valid.nonzero(as_tuple=True)    # (rows, columns), each (N,)
+    flat = (lambda z: z.flatten(0, 1)) if at is None else (lambda z: z[at])
+    kv, mask = rows.keys(0, draft.y.size(1))
+    c = Context(flat(draft.h), flat(draft.token), flat(draft.pos), kv, at, mask)
+    own = torch.arange(len(draft.n), device=draft.n.device)[:, None], draft.n
+    u, x_0 = flat(rows.u[own]), flat(rows.x_0[own])                      # (N, steps + 1), (N, D)
+    label = rows.label if type(rows.label) is int else flat(rows.label[:, None].expand_as(draft.n))
+    f = Denoiser(model, config, tables, c, label, u, flat(draft.logits))
+    f.trace = [[] for _ in u] if trace else None
+    logits = predict(f, x_0 if tables is None else model.path.config.sigma * x_0, config)
+    return choose(logits, u[:, 0], config.temperature, config.top_k), f
+
+
+def accept(rows, draft, y, f, eot):
+    """Write what a round has settled into the rows: y (N,) from refine, up to the first that differs from the draft.
+    Returns how many tokens each row keeps."""
+    grid = torch.stack([draft.y, draft.y, torch.zeros_like(draft.y)])    # drafted, refined, path calls
+    grid[1:, draft.valid] = torch.stack([y, f.nfe])
+    drafted, refined, nfe = grid.tolist()                                # one transfer
+    traces, n_kept = iter(f.trace or ()), []
+    for row, (out, n_valid) in enumerate(zip(rows.out, draft.valid.sum(1).tolist())):
+        differs = [j for j in range(n_valid) if refined[row][j] != drafted[row][j]]
+        kept = differs[0] + 1 if differs else n_valid                    # the first that differs is right, too
+        out.rejected += [out.predicted + kept - 1] if differs else []
+        out.trace += [trace for _, trace in zip(range(n_valid), traces)][:kept]
+        out.tokens += refined[row][:kept]
+        out.predicted, out.rounds = out.predicted + kept, out.rounds + 1
+        out.nfe, out.computed = out.nfe + sum(nfe[row][:kept]), out.computed + sum(nfe[row])
+        if out.tokens[-1] == eot:
+            out.ended = bool(out.tokens.pop() == eot)
+        rows.positions[row] += kept
+        n_kept.append(kept)
+    last = torch.tensor(n_kept, device=y.device)[:, None] - 1
+    rows.token, rows.h = grid[1].gather(1, last)[:, 0], None
+    return n_kept
+
+
+def next_length(K, n_kept, config):
+    """The length of the next draft: twice as long where all of this one was kept, else about what was kept."""
+    mean = sum(n_kept) / len(n_kept)
+    most = max(1, min(config.draft, MOST_POSITIONS // len(n_kept)))
+    return min(most, 2 * K if mean > 0.9 * K else max(2, round(1.5 * mean)))
+
+
+@torch.no_grad()
+def generate(model, prompts, eot, config, label=None, ids=None, trace=False):
+    """Continue each prompt until the end of text, each token by Algorithm 1, in rounds (see above).
+
+    prompts: B non-empty lists of token ids, of any lengths; eot: the id that ends a text; config: a Decoding; label:
+    B guidance labels, or None for none; ids: B integers, 0..B-1 by default: the randomness of row i depends on
+    (config.seed, ids[i]) alone. A row is cut where block_size is reached. Rows that have ended leave the batch.
+    Returns B Generated; with trace, each says how its guesses changed.
+    """
+    assert model.path is not None or config.steps == 1, "without a path there is only steps = 1"
+    rows = read_prompts(model, prompts, config, label or [model.no_label] * len(prompts), ids or range(len(prompts)))
+    tables = Tables(model) if config.steps > 1 else None
+    out, block_size, K = rows.out, model.trunk.config.block_size, min(8, config.draft)
+    while rows.out:
+        K = 1 if config.steps == 1 else max(1, min(K, block_size - max(rows.positions)))
+        rows.grow(max(rows.positions) + K)
+        draft = write_draft(model, rows, K, eot, config)
+        y, f = refine(model, rows, draft, tables, config, trace)
+        n_kept = accept(rows, draft, y, f, eot)
+        K = next_length(K, n_kept, config)
+        going = [i for i, (o, p) in enumerate(zip(rows.out, rows.positions))
+                 if not o.ended and o.predicted < config.max_new_tokens and p < block_size]
+        if len(going) < len(rows.out):
+            rows.keep(going)
+    return out

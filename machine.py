@@ -1,0 +1,126 @@
+"""
+Where the code runs: device, dtype, attention kernels, the ranks that torchrun starts, and signals to stop.
+"""
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+
+def pick_device(want):
+    """The torch.device of --device (auto, cpu, cuda, mps), this rank's own GPU under torchrun. UserError if there is none.
+
+    auto is CUDA where it is, else the CPU: a Mac's GPU (mps) has not been tried, and has to be asked for.
+    """
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = want if want != "auto" else "cuda" if found["cuda"] else "cpu"
+    if not found[kind]:
+        raise UserError(f"error: --device={want}, but this machine, or this build of torch, has none; use --device=cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    local, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= n:
+        raise UserError(f"error: rank {local} of this host has no GPU, there are {n}; use torchrun --nproc_per_node={n}")
+    torch.cuda.set_device(local)
+    torch.set_float32_matmul_precision("high")
+    # cuDNN's attention plans anew for every shape, and decoding has a new one for every token
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", local)
+
+
+def pick_dtype(want, device):
+    """The torch.dtype of --dtype. auto: float32 on a CPU, bfloat16 on a GPU, float16 on one that only emulates it."""
+    if want == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return getattr(torch, want)
+
+
+def use_kernels_for_training(device, dtype):
+    """On a CPU in half precision the backward of the fused attention takes 8 to 9 times as long as plain matmuls."""
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or dtype == torch.float32)   # a CPU obeys it, too
+
+
+def compiles(device):
+    """Whether torch.compile can work here; says so where not."""
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            print("torch.compile needs Triton, which is not installed: running uncompiled", file=sys.stderr)
+            return False
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            print("torch.compile needs a GPU of compute capability 7.0: running uncompiled", file=sys.stderr)
+            return False
+    return True
+
+
+class Ranks:
+    """Where this process stands among those torchrun started; one process alone is rank 0 of 1."""
+    def __init__(self, device):
+        self.device = device
+        try:
+            self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        except ValueError:
+            self.rank, self.world = 0, 0
+        missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+        if not 0 <= self.rank < self.world or self.world > 1 and missing:
+            values = " ".join(f"{k}={os.environ.get(k)}" for k in ("RANK", "WORLD_SIZE", *missing))
+            raise UserError(f"error: {values} in the environment do not go together; start several ranks with "
+                            "torchrun, or unset these for one process")
+        if self.world > 1:                                               # the timeout outlasts rank 0's downloads
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1),
+                                    device_id=device if device.type == "cuda" else None)
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    @contextmanager
+    def main_first(self):
+        """The main rank runs the block before the others do: what it downloads or makes is there for them."""
+        if self.world > 1 and not self.main:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.main:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """The sum of tensor over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """Whether flag is true on any rank."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
+    def say(self, text):
+        """Print a line, on the main rank only."""
+        if self.main:
+            print(text, flush=True)
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM, noted instead of obeyed: number is that of the signal, 0 before. A second one ends the
+    process at once. Exit with status 128 + number."""
+    def __init__(self):
+        self.number = 0
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.note)
+
+    def note(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
