@@ -129,7 +129,7 @@ def download(url, path, size=None, sha256=None):
                 raise OSError(f"{why} ({ATTEMPTS} attempts); check the network or proxy and run the command "
                               "again: it continues where it stopped")
             wait = max(wait, BACKOFF * 2 ** max(failures - 1, 0))
-            print(f"{url}: {why}; trying again in {wait:.0f} s", flush=True)
+            print(f"{url}: {why}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
             time.sleep(wait)
     except OSError as e:                                     # disk full, no permission, and those raised here
         raise UserError(f"error: cannot download {url} to {path}: {e.strerror or e}") from None
@@ -137,7 +137,7 @@ def download(url, path, size=None, sha256=None):
 
 def request(url, part, etag):
     """One request, which continues .part if it can. Raises Retry, and OSError where no repetition helps."""
-    import requests                                          # here, for it takes long to load
+    import requests  # here, for it takes long to load
 
     have = part.stat().st_size if part.exists() and etag.exists() else 0
     headers = {"Accept-Encoding": "identity"}                # byte ranges of the file, not of a gzip of it

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 from files import write_file
 from tasks import SEED, TASKS, Problem, check_gold, rows
 from tokens import ENDOFTEXT, encode_text, fingerprint, load_tokenizer
@@ -59,7 +59,7 @@ def encode_split(encoding, split, problems, label_names, drop_long):
         message = f"{len(long)} problems of {split} are longer than {MAX_TOKENS} tokens, first {long[0]}"
         if split in TRAINING and not drop_long:
             raise UserError(f"error: {message}; shorten them, or leave them out with --drop_long")
-        print(f"note: {message}; " + ("left out" if split in TRAINING else "kept, a prompt that does not fit is wrong"))
+        print(f"note: {message}; " + ("left out" if split in TRAINING else "kept, and can only be wrong"))
     lengths = np.array(lengths).reshape(-1, 2)
     arrays = dict(tokens=np.array(tokens, dtype=np.uint16), mask=np.array(mask, dtype=bool),
                   offsets=np.concatenate([[0], lengths.sum(1).cumsum()]).astype(np.int64),
@@ -70,7 +70,7 @@ def encode_split(encoding, split, problems, label_names, drop_long):
 def json_row(problem):
     """A line of <split>.jsonl: what is empty is left out, and where it came from."""
     row = {k: v for k, v in problem._asdict().items() if v and k != "where"}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
 def prepare(name, options):
@@ -95,16 +95,15 @@ def prepare(name, options):
                     seed=getattr(options, "seed", SEED), max_tokens=int(longest),
                     counts={split: len(kept) for split, (_, _, kept) in encoded.items()},
                     n_labels=len(label_names), label_names=label_names)
-    print(f"{name}: tokenizer {encoding.name} with {encoding.n_vocab} tokens")
+    report = [f"{name}: tokenizer {encoding.name} with {encoding.n_vocab} tokens"]
     new = out_dir / f".new.{os.getpid()}"                    # whole beside the old, then renamed
     try:
         for split, (arrays, lengths, kept) in encoded.items():
-            lines = "".join(map(json_row, kept)).encode()
-            write_file(new / f"{split}.npz", lambda f: np.savez(f, **arrays))
-            write_file(new / f"{split}.jsonl", lambda f: f.write(lines))
+            write_file(new / f"{split}.npz", lambda f, arrays=arrays: np.savez(f, **arrays))
+            write_file(new / f"{split}.jsonl", lambda f, kept=kept: f.writelines(map(json_row, kept)))
             (prompt, answer), (prompt_max, answer_max) = lengths.mean(0), lengths.max(0)
-            print(f"  {split:8} {len(lengths):6,} problems; tokens of prompt: mean {prompt:.1f}, "
-                  f"max {prompt_max}; of answer: mean {answer:.1f}, max {answer_max}")
+            report.append(f"  {split:8} {len(lengths):6,} problems; tokens of prompt: mean {prompt:.1f}, "
+                          f"max {prompt_max}; of answer: mean {answer:.1f}, max {answer_max}")
         write_file(new / "manifest.json", lambda f: f.write((json.dumps(manifest, indent=2) + "\n").encode()))
         (out_dir / "manifest.json").unlink(missing_ok=True)  # from here on it is the new data or none
         for path in sorted(new.iterdir(), key=lambda path: path.name == "manifest.json"):
@@ -115,7 +114,8 @@ def prepare(name, options):
         shutil.rmtree(new, ignore_errors=True)
     example = next(iter(splits.values()))[0]
     text = example.prompt + example.answer + ENDOFTEXT
-    print("for example:\n    " + text.replace("\n", "\n    ") + f"\nwritten to {out_dir}")
+    print("\n".join([*report, "for example:"]) + ("\n" + text).replace("\n", "\n    "))
+    print(f"written to {out_dir}")
 
 
 # ---------------------------------------------------------------------------------- reading
@@ -131,7 +131,8 @@ def remedy(data_dir):
     """The command that makes the data of data_dir."""
     data_dir = Path(data_dir)
     task = data_dir.name if data_dir.name in TASKS else "|".join(TASKS)
-    return f"python prepare_data.py {task}" + (f" --out_dir={data_dir}" if str(data_dir) != f"data/{task}" else "")
+    where = "" if str(data_dir) == f"data/{task}" else f" --out_dir={data_dir}"
+    return f"python prepare_data.py {task}{where}"
 
 
 def load_manifest(data_dir):
@@ -182,28 +183,65 @@ def load_split(data_dir, split):
     return Split(tokens, mask, offsets, labels, problems)
 
 
+def batch_of(data, ids, device):
+    """
+    The examples ids of a Split as one right-padded batch: idx, at, y, label.
+
+    idx (B, T) tokens; at = (rows, columns), each (N,): the positions whose next token is a target; y (N,) those
+    targets; label (B,).
+    """
+    import torch  # here: it takes long to load, and preparing does without
+
+    length = max(data.offsets[i + 1] - data.offsets[i] for i in ids) - 1
+    idx, targets = np.zeros((len(ids), length), np.int64), np.full((len(ids), length), -1)
+    for row, i in enumerate(ids):
+        tokens, mask = (array[data.offsets[i]:data.offsets[i + 1]] for array in (data.tokens, data.mask))
+        idx[row, :len(tokens) - 1] = tokens[:-1]
+        targets[row, :len(tokens) - 1] = np.where(mask[1:], tokens[1:].astype(np.int64), -1)
+    at = (targets >= 0).nonzero()
+    label = data.labels[list(ids)].astype(np.int64)
+    idx, rows_, columns, y, label = (torch.from_numpy(z).to(device) for z in (idx, *at, targets[at], label))
+    return idx, (rows_, columns), y, label
+
+
+def batches_of_epoch(lengths, batch_size, n_micro, seed):
+    """
+    The example ids of one epoch, (steps, n_micro, batch_size / n_micro): each step's micro-batches, of all ranks.
+
+    Shuffled, then sorted by length within chunks of 50 batches and cut into micro-batches, so that one holds
+    similar lengths and little padding; a step takes its micro-batches at random, so that with several of them it
+    sees several lengths (with one it sees one: the loss then swings from step to step). The rest that fills no
+    batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    if len(order) < batch_size:
+        order = np.resize(order, batch_size)
+    order = order[:len(order) // batch_size * batch_size]
+    chunks = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
+    order = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
+    micro_batches = rng.permutation(order.reshape(-1, batch_size // n_micro))
+    return micro_batches.reshape(-1, n_micro, batch_size // n_micro)
+
+
 # ---------------------------------------------------------------------------------- the command line
 USAGE = "python prepare_data.py {" + "|".join(TASKS) + "} [--option=value ...]"
 
 
-def main(argv):
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {USAGE}\noptions of a task: python prepare_data.py <task> --help")
         return
     if argv[0] not in TASKS:
-        guess = get_close_matches(argv[0], TASKS, 1)
-        raise UserError(f"error: unknown task {argv[0]!r}" + (f"; did you mean {guess[0]}?" if guess else "") +
-                        f" Usage: {USAGE}")
+        guess = "".join(f"; did you mean {near}?" for near in get_close_matches(argv[0], TASKS, 1))
+        raise UserError(f"error: unknown task {argv[0]!r}{guess} Usage: {USAGE}")
     for word in argv[1:]:
         if not word.startswith("-"):  # configure would take it for a config file
             raise UserError(f"error: unexpected word {word!r}; options are written --option=value")
     usage = f"python prepare_data.py {argv[0]} [--option=value ...]"
-    try:
-        prepare(argv[0], configure(TASKS[argv[0]].options, argv[1:], usage))
-    except KeyboardInterrupt:
-        raise UserError("error: interrupted; the data that was there is unchanged unless its manifest is gone, "
-                        "and what was downloaded is kept") from None
+    prepare(argv[0], configure(TASKS[argv[0]].options, argv[1:], usage))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -317,23 +317,23 @@ def text(row, key, where, *others):
 
 
 def obtain(options, folder, sources, file, url="", size=None, sha256=None, lone=False):
-    """The path of a source file, in --source (lone: or that file itself) or downloaded; its hash to sources."""
+    """The path of a source file, in --source (lone: or just that) or downloaded; its hash goes to sources."""
     path = Path(os.path.expanduser(options.source)) if options.source else folder
     path = path if lone and path.is_file() else path / file
     if not options.source:
         if not url.startswith("https:"):
-            raise UserError(f"error: this data is not downloaded; give --source=DIR, a folder with {file}{url}")
+            raise UserError(f"error: this is not downloaded; give --source=DIR, a folder with {file}{url}")
         download(url, path, size, sha256)
     try:
         sources[file] = file_sha256(path)
     except OSError as e:
-        raise UserError(f"error: cannot read {path}: {e.strerror}; --source is a folder with {file}") from None
+        raise UserError(f"error: cannot read {path}: {e.strerror}; --source needs {file} in it") from None
     if sha256 and sources[file] != sha256:
         print(f"note: {path} is not the original file (sha256 {sources[file]})")
     return path
 
 
-def from_lines(make, files, optional=(), counts={}):
+def from_lines(make, files, optional=()):
     """
     A loader of files with a problem on each line: make(row, where, options) -> (split or "", Problem).
 
@@ -364,8 +364,8 @@ def hold_out(splits, n):
         return hashlib.sha256(f"{SEED} {question}".encode()).digest()
     train = sorted(splits["train"], key=place)
     if not 1 <= n < len(train):
-        raise UserError(f"error: --val={n} problems cannot be held out for validation from {len(train)} of train; "
-                        f"at least {n + 1} are needed, or --val=N with N from 1 to {len(train) - 1}")
+        raise UserError(f"error: --val={n} problems cannot be held out from {len(train)}; at least {n + 1} are "
+                        f"needed, or --val=N with N from 1 to {len(train) - 1}")
     return splits | {"train": train[n:], "val": train[:n]}
 
 
@@ -385,7 +385,7 @@ def competition(row, where, options):                        # MATH
     question, solution = text(row, "problem", where, "solution").strip(), text(row, "solution", where).strip()
     subject = row.get("subject") or row.get("type") or ""
     if "answer" in row and normalise(text(row, "answer", where)) != normalise(boxed(solution) or ""):
-        raise UserError(f"error: {where}: the solution does not end in \\boxed{{{row['answer']}}}, its answer")
+        raise UserError(f"error: {where}: the solution does not box its answer {row['answer']!r}")
     return "", Problem(PROMPT.format(question), f" {solution}", "math", "math", subject, where=where)
 
 
@@ -398,8 +398,8 @@ def humaneval(row, where, options):
 def mbpp(row, where, options):
     question, code = (text(row, key, where).replace("\r", "").strip() for key in ("text", "code"))
     tests, number = row.get("test_list"), row.get("task_id")
-    if not isinstance(tests, list) or not all(isinstance(t, str) for t in tests) or not isinstance(number, int):
-        raise UserError(f"error: {where} has no list of texts test_list or no number task_id")
+    if type(number) is not int or not isinstance(tests, list) or not all(isinstance(t, str) for t in tests):
+        raise UserError(f"error: {where} needs a list of texts test_list and a number task_id")
     split = "dev" if number <= 10 else "test" if number <= 510 else "val" if number <= 600 else "train"
     prompt = PROMPT.format("\n".join([question, *tests]))
     test = "\n".join([row.get("test_setup_code") or "", *tests])
@@ -412,7 +412,8 @@ def multiple_choice(name, question, options, letter, subject, where):
                         f"{len(LETTERS)} options and the letter of one")
     lines = [question, *(f"{c}. {option}" for c, option in zip(LETTERS, options))]
     choices = tuple(f" {c}" for c in LETTERS[:len(options)])
-    return Problem(PROMPT.format("\n".join(lines)), f" {letter}", name, "knowledge", subject, choices, where=where)
+    prompt = PROMPT.format("\n".join(lines))
+    return Problem(prompt, f" {letter}", name, "knowledge", subject, choices, where=where)
 
 
 def mmlu_pro(row, where, options):
@@ -433,28 +434,30 @@ def load_mmlu(options, folder):
         path = obtain(options, folder, sources, "data.tar", *MMLU_TAR, lone=True)
         try:
             with tarfile.open(path) as tar:
-                tables = [(m.name, tar.extractfile(m).read()) for m in sorted(tar, key=lambda m: m.name) if m.isfile()]
+                files = {m.name: m for m in tar if m.name.endswith(".csv") and m.isfile()}
+                tables = [(name, tar.extractfile(files[name]).read()) for name in sorted(files)]
         except (tarfile.TarError, OSError, EOFError) as e:
             raise UserError(f"error: {path} is not a tar archive that can be read: {e}") from None
     for name, data in tables:
         if found := re.search(r"(?:^|/)(dev|val|test)/(\w+)_\1\.csv$", name):
             try:
                 reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-                for row in reader:
+                for question, *given, letter in reader:
                     where, subject = f"{name} line {reader.line_num}", found[2].replace("_", " ")
-                    problem = multiple_choice("mmlu", row[0].strip(), row[1:-1], row[-1].strip(), subject, where)
-                    splits.setdefault(found[1], []).append(problem)
-            except (csv.Error, UnicodeDecodeError) as e:
+                    splits.setdefault(found[1], []).append(
+                        multiple_choice("mmlu", question.strip(), given, letter.strip(), subject, where))
+            except (csv.Error, ValueError) as e:             # a row of one cell, bytes that are no text
                 raise UserError(f"error: {name} is not a table of MMLU: {e}") from None
     if "test" not in splits:
-        raise UserError(f"error: no file test/<subject>_test.csv in {options.source or folder}; expected MMLU's folders")
+        raise UserError(f"error: no test/<subject>_test.csv in {options.source or folder}; expected MMLU's "
+                        "folders dev, val and test")
     return splits, sources
 
 
 def load_mix(options, folder):
     """The training splits of several tasks, labelled by their groups; validation from each, too."""
     parts, sources = {"train": [], "val": []}, {}
-    for name, joined in (("gsm8k", ["train"]), ("math", ["train"]), ("mbpp", ["train"]), ("mmlu", ["dev", "val"])):
+    for name, joined in dict(gsm8k=["train"], math=["train"], mbpp=["train"], mmlu=["dev", "val"]).items():
         if name == "math" and not options.math:
             print("note: MATH's training split is not in the mix; --math=DIR is a folder with train.jsonl")
             continue
@@ -466,8 +469,7 @@ def load_mix(options, folder):
             own = hold_out(own, len(own["train"]) // 10)
         for split in parts:
             parts[split] += [p._replace(label=task.group) for p in own[split]]
-    order = random.Random(SEED)
-    order.shuffle(parts["train"])
+    random.Random(SEED).shuffle(parts["train"])
     return parts, sources
 
 
@@ -483,7 +485,7 @@ class Task(NamedTuple):
     shots: str = ""                  # the split whose problems are worked examples; "": there is none
     stops: tuple = ("\nQuestion:",)  # an output ends before the first of these
     expects: str = '"#### " and a plain number, such as #### 1,234.5'    # of a true answer
-    well_formed: Callable = lambda problem, text: True       # whether a text with an answer has the right form
+    well_formed: Callable = lambda problem, text: True       # of a text that has an answer: its form is right
 
 
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
