@@ -206,12 +206,12 @@ def batch_of(data, ids, device):
 
 def batches_of_epoch(lengths, batch_size, n_micro, seed):
     """
-    The example ids of one epoch, (steps, n_micro, batch_size / n_micro): each step's micro-batches, of all ranks.
+    The example ids of one epoch, (steps, n_micro, batch_size / n_micro): of each step, for all ranks.
 
     Shuffled, then sorted by length within chunks of 50 batches and cut into micro-batches, so that one holds
-    similar lengths and little padding; a step takes its micro-batches at random, so that with several of them it
-    sees several lengths (with one it sees one: the loss then swings from step to step). The rest that fills no
-    batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
+    similar lengths and little padding; a step takes its micro-batches at random, so that with several of
+    them it sees several lengths (with one it sees one: the loss then swings from step to step). The rest
+    that fills no batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))

@@ -364,8 +364,8 @@ def hold_out(splits, n):
         return hashlib.sha256(f"{SEED} {question}".encode()).digest()
     train = sorted(splits["train"], key=place)
     if not 1 <= n < len(train):
-        raise UserError(f"error: --val={n} problems cannot be held out from {len(train)}; at least {n + 1} are "
-                        f"needed, or --val=N with N from 1 to {len(train) - 1}")
+        raise UserError(f"error: --val={n} problems cannot be held out from {len(train)}; at least {n + 1} "
+                        f"are needed, or --val=N with N from 1 to {len(train) - 1}")
     return splits | {"train": train[n:], "val": train[:n]}
 
 
@@ -462,7 +462,7 @@ def load_mix(options, folder):
             print("note: MATH's training split is not in the mix; --math=DIR is a folder with train.jsonl")
             continue
         task = TASKS[name]
-        splits, found = task.load(task.options(source=getattr(options, name)), folder / name)
+        splits, found = task.load(task.options(source=getattr(options, name)), folder.parents[1] / name / "source")
         sources |= {f"{name}/{file}": sha256 for file, sha256 in found.items()}
         own = {"train": sum((splits.get(split, []) for split in joined), []), "val": splits.get("val", [])}
         if "val" in joined:          # validated on what is not trained on
