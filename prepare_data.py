@@ -187,8 +187,8 @@ def batch_of(data, ids, device):
     """
     The examples ids of a Split as one right-padded batch: idx, at, y, label.
 
-    idx (B, T) tokens; at = (rows, columns), each (N,): the positions whose next token is a target; y (N,) those
-    targets; label (B,).
+    idx (B, T) tokens; at = (rows, columns), each (N,): the positions whose next token is a target; y (N,)
+    those targets; label (B,).
     """
     import torch  # here: it takes long to load, and preparing does without
 

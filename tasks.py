@@ -179,7 +179,7 @@ def vote(problem, outputs, run_code=False):
     chosen, loose = majority(strict), majority(flexible)
     first = strict.index(chosen)
     if problem.test:
-        allow_code([problem], run_code)
+        assert run_code, "allow_code comes first"
         compiled, passed, _ = sandbox.run(chosen)
         return outputs[first], Score(passed, passed, compiled)
     want = task.read(problem, problem.answer)[0]
@@ -199,11 +199,18 @@ def pass_at_k(n, right, k):
 
 
 def allow_code(problems, run_code):
-    """Raises UserError if problems need code of the model's to be run, which the user has not allowed."""
+    """Raises UserError if problems need the model's code to be run, and it may not or cannot be."""
     needs = next((p for p in problems if p.test), None)
     if needs and not run_code:
         raise UserError(f"error: {needs.task} is scored by running the code that the model writes, in a "
                         "process with limits; allow it with --run_code")
+    if needs:
+        _, passed, lacks = sandbox.run("import collections, heapq, math, re, typing")
+        if not passed:
+            raise UserError("error: no Python runs in the sandbox here; run as an ordinary user, not as "
+                            "root, with a Python that everybody may read")
+        if lacks:
+            print(f"note: the sandbox of the model's code lacks here: {', '.join(lacks)}")
 
 
 def check_gold(problem):
@@ -459,10 +466,11 @@ def load_mix(options, folder):
     parts, sources = {"train": [], "val": []}, {}
     for name, joined in dict(gsm8k=["train"], math=["train"], mbpp=["train"], mmlu=["dev", "val"]).items():
         if name == "math" and not options.math:
-            print("note: MATH's training split is not in the mix; --math=DIR is a folder with train.jsonl")
+            print("note: the mix is without MATH; --math=DIR is a folder with its train.jsonl")
             continue
         task = TASKS[name]
-        splits, found = task.load(task.options(source=getattr(options, name)), folder.parents[1] / name / "source")
+        splits, found = task.load(task.options(source=getattr(options, name)),
+                                  folder.parents[1] / name / "source")
         sources |= {f"{name}/{file}": sha256 for file, sha256 in found.items()}
         own = {"train": sum((splits.get(split, []) for split in joined), []), "val": splits.get("val", [])}
         if "val" in joined:          # validated on what is not trained on
