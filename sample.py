@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks import encode_question
+from tokens import encode_question
 
 from checkpoint import load
 from configurator import UserError, at_least, configure, run
