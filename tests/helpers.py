@@ -1,5 +1,4 @@
 """Tools of the tests: tiny models, a naive Algorithm 1, short runs, and processes that may be killed."""
-import gc
 import json
 import math
 import multiprocessing
@@ -35,15 +34,11 @@ def everywhere(B, T):
 
 def error_of(function, *args, **kwargs):
     """The message of the UserError that function raises: one line that begins with error:."""
-    try:
-        with pytest.raises(UserError) as e:
-            function(*args, **kwargs)
-        message = str(e.value)
-        assert message.startswith("error: ") and "\n" not in message and len(message) < 2000, message
-        return message
-    finally:
-        del e
-        gc.collect()                                              # what the traceback held open, such as a lock
+    with pytest.raises(UserError) as e:
+        function(*args, **kwargs)
+    message = str(e.value)
+    assert message.startswith("error: ") and "\n" not in message and len(message) < 2000, message
+    return message
 
 
 def says(message, *parts):
