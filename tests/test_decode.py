@@ -1,6 +1,7 @@
 """decode.py against the naive Algorithm 1, and drafts against no drafts: the same text, the same path calls."""
 import copy
 import dataclasses
+import os
 from functools import lru_cache
 
 import pytest
@@ -25,8 +26,16 @@ def model():
 
 def text_of(output):
     """What a draft must not change: all but what it cost."""
-    trace = [[(round(t, 4), guess, round(p, 3)) for t, guess, p in token] for token in output.trace]
+    trace = [[guess for _, guess, _ in token] for token in output.trace]
     return output.tokens, output.ended, output.predicted, output.nfe, output.rejected, trace
+
+
+def same_texts(outputs, expected):
+    """Of two lists of Generated; of their traces, times and probabilities to 1e-3."""
+    assert list(map(text_of, outputs)) == list(map(text_of, expected))
+    numbers = [[x for o in side for token in o.trace for t, _, p in token for x in (t, p)]
+               for side in (outputs, expected)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-3)
 
 
 # ---------------------------------------------------------------------------- against the naive Algorithm 1
@@ -70,6 +79,7 @@ def random_pair(seed, n_layer):
     return wild_pair(seed, GPTConfig(block_size=18, vocab_size=13, n_layer=n_layer, n_head=2, n_embd=16))
 
 
+EXAMPLES = int(os.environ.get("DRAFT_EXAMPLES", 60))              # more of them: another, random search
 HOW = st.fixed_dictionaries({}, optional=dict(
     solver=st.sampled_from([*SOLVERS, "adaptive"]), guess=st.sampled_from(["argmax", "sample", "mean"]),
     temperature=st.sampled_from([0.0, 0.7, 1.5]), top_k=st.integers(0, 5), guidance=st.sampled_from([1.0, 2.5]),
@@ -78,7 +88,7 @@ HOW = st.fixed_dictionaries({}, optional=dict(
 PROMPT = st.lists(st.integers(0, 12), min_size=1, max_size=10)
 
 
-@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 60, suppress_health_check=[HealthCheck.too_slow])
 @given(pair=st.tuples(st.integers(1, 6), st.integers(1, 2)), how=HOW, steps=st.integers(1, 7),
        rows=st.lists(st.tuples(PROMPT, st.integers(0, 3), st.integers(0, 50)), min_size=1, max_size=5),
        draft=st.integers(1, 16), n=st.integers(1, 14), seed=st.integers(0, 3), eot=st.integers(-1, 12))
@@ -89,7 +99,7 @@ def test_drafts_change_no_token(pair, how, steps, rows, draft, n, seed, eot):
     drafted = dataclasses.replace(plain, draft=draft)
     expected = generate(model, prompts, eot, plain, label, ids, trace=True)
     outputs = generate(model, prompts, eot, drafted, label, ids, trace=True)
-    assert list(map(text_of, outputs)) == list(map(text_of, expected))
+    same_texts(outputs, expected)
     for output, one, prompt in zip(outputs, expected, prompts):
         assert output.computed >= output.nfe and one.computed == one.nfe and one.rounds == one.predicted
         assert output.rounds <= one.rounds
