@@ -366,7 +366,14 @@ def test_positions_selected_from_a_context_give_what_they_give_among_all():
         for i in ([0, 1, 2, 3, 4, 5], [5, 0], [3, 2], [4], [1, 5, 3]):
             i = torch.tensor(i)
             got = model(x_t[i], t[i], context.select(i), label[i])
-            torch.testing.assert_close(got, expected[i], atol=1e-5, rtol=1e-5, msg=lambda s: f"{name} {i}: {s}")
+            torch.testing.assert_close(got, expected[i], atol=1e-5, rtol=1e-5, msg=f"{name} {i}")
+    last = torch.arange(3), torch.tensor([8, 8, 8])               # one query a row: it sees all keys, unmasked
+    c = model.read(idx, last)._replace(at=None)
+    expected = model(x_t[:3], t[:3], c, label[:3])
+    for i in ([2], [1, 2], [2, 0], [0, 1, 2]):
+        i = torch.tensor(i)
+        got = model(x_t[i], t[i], c.select(i), label[i])
+        torch.testing.assert_close(got, expected[i], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
