@@ -23,7 +23,7 @@ from configurator import UserError
 from diffusion import Denoiser, Sampler, Tables, choose, predict
 from model import Context
 
-MOST_POSITIONS = 128    # of a round, all rows together: beyond, arithmetic bounds a path call, and drafts only waste
+MOST_POSITIONS = 128    # in a round, of all rows: beyond, a path call is bound by arithmetic
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Generated:
     computed: int = 0               # path calls in all, those behind a rejected token of a draft included
     rounds: int = 0
     rejected: list = field(default_factory=list)    # indices of the tokens that differ from the draft
-    trace: list = field(default_factory=list)  # per predicted token, (t, guess, probability) of each evaluation
+    trace: list = field(default_factory=list)       # per token, (t, guess, probability) of each evaluation
 
 
 @dataclass
