@@ -44,8 +44,7 @@ class GPTConfig:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
             raise UserError(f"error: every size of the trunk must be at least 1, not {self}")
         if self.n_embd % self.n_head:
-            raise UserError(f"error: n_embd={self.n_embd} is not divisible by n_head={self.n_head}, into whole "
-                            "heads")
+            raise UserError(f"error: n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
 
 
 GPT2_SIZES = {

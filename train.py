@@ -58,18 +58,20 @@ class Config(PathConfig):
     out_dir: str = "out/l2d_gsm8k"
     resume: bool = False            # go on from out_dir/last.pt
     # the trunk
-    trunk: str = "gpt2"   # a GPT-2 size, a .safetensors file or its directory, a checkpoint (.pt), or scratch
+    trunk: str = "gpt2"             # a GPT-2 size, a .safetensors file or its directory, a checkpoint (.pt), or scratch
     trunk_mode: Literal["frozen", "lora", "full"] = "frozen"
     n_layer: int = 12               # n_layer, n_head, n_embd: of a trunk from scratch
     n_head: int = 12
     n_embd: int = 768
-    block_size: int = 512        # longest example in tokens; of a trunk from scratch, its number of positions
+    block_size: int = 512           # longest example in tokens; of a trunk from scratch, its number of positions
     # diffusion
     stratified: bool = True         # draw t from equal bins over the micro-batch (deviation 5)
     label_dropout: float = 0.2      # share of examples trained without their guidance label
-    unroll: int = 0          # train through Algorithm 1, with 1 to so many path calls (deviation 12); 0 = off
-    unroll_t_end: float = 0.9       # time of its last evaluation, and
-    unroll_shift: float = 3.0    # its grid; to be sampled with the same --t_end and --shift, and --guess=mean
+    unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12)
+    unroll_t_end: float = 0.9       # time of its last evaluation; sample with the same --t_end, --guess=mean,
+    unroll_shift: float = 3.0       # --shift, and, where this is above 0, --solver=relaxed and --weight
+    unroll_weight: float = 0.0      # 0 = euler
+    path_from: str = ""             # a checkpoint whose path to start from, for a later phase
     # optimisation
     steps: int = 3000               # optimizer steps
     batch_size: int = 32            # examples per optimizer step, over all ranks
@@ -82,7 +84,7 @@ class Config(PathConfig):
     beta2: float = 0.95
     grad_clip: float = 1.0          # 0 = off
     # evaluation and progress
-    eval_every: int = 250      # steps between evaluations; each writes last.pt, and best.pt if it is the best
+    eval_every: int = 250           # steps between evaluations; each writes last.pt, and best.pt if it is the best
     eval_examples: int = 500        # of the validation split
     log_every: int = 10
     # machine
@@ -93,8 +95,8 @@ class Config(PathConfig):
 
     def __post_init__(self):
         at_least(self, steps=1, batch_size=1, grad_accum=1, eval_every=1, eval_examples=1, log_every=1,
-                 seed=0, block_size=2, lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0, unroll=0,
-                 min_lr=0, label_dropout=0, beta1=0, beta2=0, unroll_weight=0)
+                 seed=0, block_size=2, lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0,
+                 unroll=0, unroll_weight=0, min_lr=0, label_dropout=0, beta1=0, beta2=0)
         require((self.trunk_mode, self.path_mode) != ("frozen", "none"), "trunk_mode=frozen with "
                 "path_mode=none trains nothing; choose a path, or lora or full for the trunk")
         require((self.trunk, self.trunk_mode) != ("scratch", "lora"), "trunk=scratch with trunk_mode=lora "
@@ -128,8 +130,8 @@ def generator_for(device, *key):
 
 
 def draw_noise(config, model, label, n, generator):
-    """What one micro-batch of n targets draws: label (B,) after dropout, t (n,), x_0 (n, D), and (times, weight)
-    of unrolled training, or None."""
+    """What one micro-batch of n targets draws: label (B,) after dropout, t (n,), x_0 (n, D), and (times,
+    weight) of unrolled training, or None."""
     if model.path is None:
         return label, None, None, None
     t, x_0 = diffusion.draw(n, config, generator, config.stratified)
@@ -238,8 +240,8 @@ class Run:
 
 def set_up(config, ranks):
     """The Run, new or resumed."""
-    require(config.batch_size % (ranks.world * config.grad_accum) == 0, f"batch_size={config.batch_size} does "
-            f"not divide into {ranks.world} ranks x grad_accum={config.grad_accum} micro-batches")
+    require(config.batch_size % (ranks.world * config.grad_accum) == 0, f"batch_size={config.batch_size} "
+            f"does not divide into {ranks.world} ranks x grad_accum={config.grad_accum} micro-batches")
     manifest = load_manifest(config.data_dir)
     data, val = load_fitting(config, config.train_split), load_fitting(config, config.val_split)
 
@@ -274,7 +276,7 @@ def set_up(config, ranks):
         run.step, run.best, run.saved = checkpoint["step"], checkpoint["best"], checkpoint["step"]
     n_trunk, n_trained = (sum(p.numel() for p in z) for z in (model.trunk.parameters(), trained(model)))
     ranks.say(f"{len(data.labels)} examples, {steps_of_epoch(data, config)} steps an epoch; "
-              f"trunk {n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {kind}, {str(dtype)[6:]}")
+              f"trunk {n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {kind}, {dtype}")
     return run
 
 
@@ -316,8 +318,8 @@ def stop_if_bad(in_a_row, t, losses, run, config):
     bins = sorted(set((t[bad] * N_BINS).long().tolist())) if t is not None else []
     where = "its loss" if bad.any() else "the gradient of its loss"
     at_t = " at t in " + ", ".join(f"[{b / N_BINS}, {(b + 1) / N_BINS}]" for b in bins) if bins else ""
-    raise UserError(f"error: step {run.step} and the {int(in_a_row) - 1} before: {where} is not finite{at_t}. "
-                    f"They changed nothing; {config.out_dir}/last.pt holds step {run.saved}. Lower "
+    raise UserError(f"error: step {run.step} and the {int(in_a_row) - 1} before: {where} is not finite"
+                    f"{at_t}. They changed nothing; {config.out_dir}/last.pt holds step {run.saved}. Lower "
                     "learning_rate, or use another dtype")
 
 
@@ -383,7 +385,7 @@ def main(argv=None):
     try:
         train(config, ranks)
     except torch.OutOfMemoryError as e:
-        raise UserError(f"error: out of memory; raise --grad_accum, or lower --batch_size. {e}"[:300]) from None
+        raise UserError(f"error: out of memory; raise --grad_accum, or lower --batch_size ({e})"[:300]) from None
     except UserError:
         if int(os.environ.get("LOCAL_RANK", 0)):              # the first rank of the host says it
             raise SystemExit(1) from None
