@@ -58,7 +58,7 @@ def load_trunk(name, manifest):
         trunk = pretrained_trunk(name)
     if trunk.config.vocab_size != manifest["n_vocab"]:
         raise UserError(f"error: the trunk {name} has {trunk.config.vocab_size} tokens, but the data's "
-                        f"tokenizer, {manifest['tokenizer']}, has {manifest['n_vocab']}; prepare it for this trunk")
+                        f"tokenizer, {manifest['tokenizer']}, has {manifest['n_vocab']}; prepare it anew")
     return trunk
 
 

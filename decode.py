@@ -30,7 +30,7 @@ MOST_POSITIONS = 128    # in a round, of all rows: beyond, a path call is bound 
 class Decoding(Sampler):
     # how a text is written
     max_new_tokens: int = 320
-    draft: int = 16                 # tokens that the trunk drafts in a round, at most; 0 = none. Changes no token
+    draft: int = 16                 # tokens that the trunk drafts in a round, at most; 0 = none
     seed: int = 0
 
     def __post_init__(self):

@@ -54,8 +54,8 @@ def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     idx (B, T) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the targets;
     label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. unroll = (times, weight), in place of t:
     x_t comes not from the truth but from the model's own mean guesses, by Algorithm 1 through these times
-    (relaxed with this weight; Euler's at 0), and the gradient goes through all of it (deviation 12). Without a
-    path: plain cross-entropy of the trunk.
+    (relaxed with this weight; Euler's at 0), and the gradient goes through all of it (deviation 12). Without
+    a path: plain cross-entropy of the trunk.
     """
     c = model.read(idx, at)
     if model.path is None:

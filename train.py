@@ -58,12 +58,12 @@ class Config(PathConfig):
     out_dir: str = "out/l2d_gsm8k"
     resume: bool = False            # go on from out_dir/last.pt
     # the trunk
-    trunk: str = "gpt2"             # a GPT-2 size, a .safetensors file or its directory, a checkpoint (.pt), or scratch
+    trunk: str = "gpt2"             # a GPT-2 size, .safetensors file or directory, checkpoint (.pt), or scratch
     trunk_mode: Literal["frozen", "lora", "full"] = "frozen"
     n_layer: int = 12               # n_layer, n_head, n_embd: of a trunk from scratch
     n_head: int = 12
     n_embd: int = 768
-    block_size: int = 512           # longest example in tokens; of a trunk from scratch, its number of positions
+    block_size: int = 512           # longest example, in tokens; positions of a trunk from scratch
     # diffusion
     stratified: bool = True         # draw t from equal bins over the micro-batch (deviation 5)
     label_dropout: float = 0.2      # share of examples trained without their guidance label
@@ -84,7 +84,7 @@ class Config(PathConfig):
     beta2: float = 0.95
     grad_clip: float = 1.0          # 0 = off
     # evaluation and progress
-    eval_every: int = 250           # steps between evaluations; each writes last.pt, and best.pt if it is the best
+    eval_every: int = 250           # steps between evaluations; each writes last.pt, the best one best.pt
     eval_examples: int = 500        # of the validation split
     log_every: int = 10
     # machine
@@ -385,7 +385,7 @@ def main(argv=None):
     try:
         train(config, ranks)
     except torch.OutOfMemoryError as e:
-        raise UserError(f"error: out of memory; raise --grad_accum, or lower --batch_size ({e})"[:300]) from None
+        raise UserError(f"error: out of memory; raise grad_accum or lower batch_size ({e})"[:300]) from None
     except UserError:
         if int(os.environ.get("LOCAL_RANK", 0)):              # the first rank of the host says it
             raise SystemExit(1) from None
