@@ -58,7 +58,7 @@ class Config(PathConfig):
     out_dir: str = "out/l2d_gsm8k"
     resume: bool = False            # go on from out_dir/last.pt
     # the trunk
-    trunk: str = "gpt2"             # a GPT-2 size, .safetensors file or directory, checkpoint (.pt), or scratch
+    trunk: str = "gpt2"             # GPT-2 size, .safetensors file or directory, checkpoint, or scratch
     trunk_mode: Literal["frozen", "lora", "full"] = "frozen"
     n_layer: int = 12               # n_layer, n_head, n_embd: of a trunk from scratch
     n_head: int = 12
