@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 from files import lock, read_records, write_file
-from tasks import fingerprint, load_tokenizer
+from tokens import fingerprint, load_tokenizer
 
 from configurator import UserError
 from machine import pick_device, pick_dtype

@@ -194,6 +194,7 @@ class Sampler:
     stop: float = 0.0               # a token is done when its guess stays, with a probability above this; 0 = off
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, of a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
+    guide_last: bool = False        # guide the logits of the last evaluation, too; the paper guides x_1_hat alone
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
 
@@ -273,8 +274,11 @@ class Denoiser:
         self.write_trace(0.0)
 
     def logits(self, x_t, t):
-        """f(x_t, t, c), (N, V_size), at the time t."""
-        self.evaluate(x_t, t)
+        """f(x_t, t, c), (N, V_size), at the time t; with guide_last guided as Eq. 7 does x_1_hat."""
+        i, w = self.evaluate(x_t, t), self.sampler.guidance
+        if self.sampler.guide_last and w != 1 and i is not None:
+            free = self.path_call(x_t, t, i, self.model.no_label)
+            self.last[i] = w * self.last[i] + (1 - w) * free
         return self.last
 
     def x_1_hat(self, x_t, t, where=None):

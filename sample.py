@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks import encode_question
+from tokens import encode_question
 
 from checkpoint import load
 from configurator import UserError, at_least, configure, run
@@ -47,7 +47,7 @@ def check(config, model, checkpoint):
         raise UserError(f"error: label={config.label!r}, but the labels of {out_dir} are: {known}")
     if config.guidance != 1 and not config.label:
         raise UserError(f"error: guidance={config.guidance} needs a --label: one of {', '.join(names)}")
-    if config.guidance != 1 and config.steps <= 2:
+    if config.guidance != 1 and config.steps <= 2 - config.guide_last:
         raise UserError(f"error: guidance={config.guidance} acts through x_t, which needs --steps=3 or more, not "
                         f"{config.steps}: the last call is read with the label alone")
     return names.index(config.label) if config.label else model.no_label
