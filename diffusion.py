@@ -72,10 +72,10 @@ def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
-def draw_times(most_calls, t_end, shift, generator):
+def draw_times(most_calls, t_begin, t_end, generator):
     """The times of one unrolled pass: 1 to most_calls path calls, uniform in the logarithm, on time_grid."""
     n_calls = int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
-    return time_grid(n_calls, t_end, shift)
+    return time_grid(n_calls, t_begin, t_end)
 
 
 # --------------------------------------------------------------------------------------------- solvers
@@ -119,12 +119,11 @@ def relaxed_step(dx, x, a, b, x_0, weight):
     return (1 - b) * x_0 + b * m
 
 
-def time_grid(n, t_end, shift=1.0):
-    """n + 1 times from 0 to t_end: uniform, or with shift > 1 denser towards the end.
-
-    u = i / n is mapped to shift u / (1 + (shift - 1) u), then scaled by t_end.
-    """
-    return [t_end * (shift * i / (n - i + shift * i)) for i in range(n + 1)] if n else [0.0]
+def time_grid(n, t_begin, t_end):
+    """0, where the trunk is asked, and n times evenly from t_begin to t_end. t_begin = 0: all evenly."""
+    if not t_begin:
+        return [t_end * (i / n) for i in range(n + 1)] if n else [0.0]
+    return [0.0] + [t_end - (t_end - t_begin) * (i / max(1, n - 1)) for i in reversed(range(n))]
 
 
 def last_time(steps):
@@ -191,7 +190,7 @@ class Sampler:
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
     solver: Literal["euler", "midpoint", "heun", "relaxed", "adaptive"] = "euler"  # adaptive: at most `steps`
     t_end: float = 0.0              # time of the last evaluation; 0 = last_time(steps); the paper has 1
-    shift: float = 1.0              # time grid: 1 uniform, above 1 denser towards t_end
+    t_begin: float = 0.0            # time of the first path call; 0 = as far from 0 as the others lie apart
     weight: float = 0.6             # relaxed: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
     stop: float = 0.0               # a token is done when its guess stays, more probable than this; 0 = off
@@ -202,17 +201,19 @@ class Sampler:
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
 
     def __post_init__(self):
-        at_least(self, steps=1, t_end=0, stop=0, temperature=0, top_k=0)
+        at_least(self, steps=1, t_begin=0, t_end=0, stop=0, temperature=0, top_k=0)
         require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
+        require(not self.t_begin or self.t_begin <= self.t_end,
+                f"t_begin={self.t_begin} needs a later t_end, not {self.t_end}")
         require(self.stop < 1, f"stop={self.stop}, but it must be below 1")
-        require(min(self.shift, self.tol) > 0, f"shift={self.shift} and tol={self.tol} must be above 0")
+        require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
         require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
 
     def plan(self, x_0):
         """The times and the step of Algorithm 1 that spend `steps` evaluations."""
         cost = 2 if self.solver in ("midpoint", "heun") else 1
         n, odd = divmod(self.steps - 1, cost)
-        times = time_grid(n + odd, self.t_end or last_time(self.steps), self.shift)
+        times = time_grid(n + odd, self.t_begin, self.t_end or last_time(self.steps))
         step = {"midpoint": midpoint_step, "heun": heun_step,
                 "relaxed": partial(relaxed_step, x_0=x_0, weight=self.weight)}.get(self.solver, euler_step)
         if odd:                                               # the first interval by Euler: one evaluation
