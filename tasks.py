@@ -128,7 +128,7 @@ def boxed(text):
 
 
 SPELLINGS = [                        # (pattern, replacement), applied one after the other
-    (r"\\[!,;: ]|~|\\(left|right|displaystyle)(?![a-zA-Z])|\\?[$%]|\^\s*\{?\s*\\(circ|degree)\s*\}?|°", " "),
+    (r"(?<!\\)\\[!,;: ]|~|\\(left|right|displaystyle)(?![a-zA-Z])|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°", " "),
     (r"\{,\}", ","), (r"\\[dtc]frac", r"\\frac"), (r"\\(mbox|text[a-z]*|math(rm|bf))\s*\{", r"\\text{"),
     (r"(?<=[^\s]) *\\text\{[^{}]*\}(\^\{?\d\}?)?[ .]*$", ""),           # a unit, such as \text{ cm}^2
     (r"(?<=\d) +[a-z]{2,}( [a-z]+)*[ .]*$", ""),                        # a unit without \text
