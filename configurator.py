@@ -19,6 +19,7 @@ import math
 import operator
 import os
 import shlex
+import signal
 import sys
 import tokenize
 from dataclasses import fields, is_dataclass
@@ -37,10 +38,13 @@ class UserError(SystemExit):
 
 def run(main):
     """
-    Run a script's main, and end as a program should: a closed pipe (`| head`) quietly, Ctrl-C with one line
-    and status 130, a full disk or an unreadable file with a line that names it. What the terminal cannot
-    encode is replaced.
+    Run a script's main, and end as a program should: a closed pipe (`| head`) quietly, Ctrl-C and SIGTERM with
+    one line and status 130 and 143, a full disk or an unreadable file with a line that names it. What the
+    terminal cannot encode is replaced.
     """
+    def terminate(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, terminate)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     try:
@@ -48,9 +52,9 @@ def run(main):
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("stopped; what was finished is kept", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + (e.args or (signal.SIGINT,))[0]) from None
     except OSError as e:
         raise UserError(f"error: {e.filename or 'a file'}: {e.strerror or e}") from None
 

@@ -12,7 +12,7 @@ before it. What is wasted: trunk passes and path calls behind the first token th
 the path reads its weights once for K positions. It is speculative decoding (Leviathan et al. 2023) whose
 draft model is the trunk itself, whose passes over the tokens kept were needed anyway.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -206,10 +206,11 @@ def generate(model, prompts, eot, config, label=None, ids=None, trace=False):
     leave the batch. Returns B Generated; with trace, each says how its guesses changed.
     """
     assert model.path is not None or config.steps == 1, "without a path there is only steps = 1"
-    B = len(prompts)
+    B, block_size = len(prompts), model.trunk.config.block_size
+    config = replace(config, max_new_tokens=min(config.max_new_tokens, block_size))
     rows = read_prompts(model, prompts, config, label or [model.no_label] * B, ids or range(B))
     tables = Tables(model) if config.steps > 1 else None
-    out, block_size, K = rows.out, model.trunk.config.block_size, min(8, config.draft)
+    out, K = rows.out, min(8, config.draft)
     while rows.out:
         K = 1 if config.steps == 1 else max(1, min(K, block_size - max(rows.positions)))
         rows.grow(max(rows.positions) + K)

@@ -14,17 +14,12 @@ from configurator import UserError
 
 
 def pick_device(want):
-    """The torch.device of --device (auto, cpu, cuda, mps), this rank's own GPU under torchrun. UserError if
-    there is none.
-
-    auto is CUDA where it is, else the CPU: a Mac's GPU (mps) has not been tried, and has to be asked for.
-    """
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = want if want != "auto" else "cuda" if found["cuda"] else "cpu"
-    if not found[kind]:
-        raise UserError(f"error: --device={want}, but this machine, or torch, has none; use --device=cpu")
-    if kind != "cuda":
-        return torch.device(kind)
+    """The torch.device of --device (auto, cpu, cuda), under torchrun this rank's own GPU. auto: CUDA where it is; a
+    Mac works on its CPU. Raises UserError where there is no CUDA to use."""
+    if want == "cpu" or want == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("error: --device=cuda, but this machine or this build of torch has no CUDA; use --device=cpu")
     local, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= n:
         raise UserError(f"error: rank {local} of this host has no GPU of its own, there are {n}; use "

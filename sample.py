@@ -30,7 +30,7 @@ class Config(Decoding):
     num_samples: int = 1
     trace: bool = False             # show how each token's guess changes over the steps
     # machine
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
 
 

@@ -88,7 +88,7 @@ class Config(PathConfig):
     eval_examples: int = 500        # of the validation split
     log_every: int = 10
     # machine
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: float32 on a CPU
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for cuda, off when unrolled
     seed: int = 0
