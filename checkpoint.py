@@ -16,7 +16,7 @@ from configurator import UserError
 from files import write_file
 from machine import pick_device, pick_dtype
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
-from tasks import fingerprint, load_tokenizer
+from tokens import fingerprint, load_tokenizer
 
 
 def load_state(module, tensors, source):

@@ -12,7 +12,7 @@ import requests
 import torch
 
 from configurator import UserError
-from prepare_data import download
+from files import download
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 

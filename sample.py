@@ -14,7 +14,7 @@ from checkpoint import load
 from configurator import UserError, at_least, configure, run
 from decode import Decoding, generate
 from packed import pack
-from tasks import encode_question
+from tokens import encode_question
 
 QUESTION = "Jack buys 5 trays of 10 lemons each. He throws 45 lemons away. How many lemons does Jack have now?"
 
