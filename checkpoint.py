@@ -1,22 +1,22 @@
-"""
-Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
+""" Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
 
-out_dir holds last.pt (all that --resume needs), previous.pt (the one before), best.pt (lowest validation loss;
-weights only) and, where the trunk is frozen, trunk.pt: written once, and named by its hash in the others, which then
-hold the path alone.
+out_dir holds last.pt (all that --resume needs), previous.pt (the one before), best.pt (lowest validation
+loss; weights only) and, where the trunk is frozen, trunk.pt: written once, and named by its hash in the
+others, which then hold the path alone.
 """
 import hashlib
 import io
+import json
 import os
 from dataclasses import asdict
 
 import torch
+from files import lock, read_records, write_file
+from tokens import fingerprint, load_tokenizer
 
 from configurator import UserError
-from files import write_file
 from machine import pick_device, pick_dtype
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
-from tokens import fingerprint, load_tokenizer
 
 
 def load_state(module, tensors, source):
@@ -32,8 +32,8 @@ def load_state(module, tensors, source):
 
 
 def pretrained_trunk(name):
-    """GPT-2's weights by hub name, .safetensors file or directory, as a GPT. Raises UserError where they cannot be had,
-    are damaged, or are not GPT-2's."""
+    """GPT-2's weights by hub name, .safetensors file or directory, as a GPT. Raises UserError where they
+    cannot be had, are damaged, or are not GPT-2's."""
     from gpt2_weights import load_gpt2
     tensors, n_head, path = load_gpt2(name)
     block_size, (vocab_size, n_embd) = tensors["wpe.weight"].shape[0], tensors["wte.weight"].shape
@@ -43,9 +43,29 @@ def pretrained_trunk(name):
     return trunk
 
 
+def load_trunk(name, manifest):
+    """The trunk in a checkpoint (.pt) of train.py, its LoRA merged in, or GPT-2's: for data with this
+    manifest."""
+    if name.endswith(".pt"):
+        checkpoint = load_checkpoint(name)
+        if checkpoint["tokenizer"]["fingerprint"] != manifest["fingerprint"]:
+            raise UserError(f"error: the data was made with tokenizer {manifest['tokenizer']}, but the trunk {name} was "
+                            f"trained with {checkpoint['tokenizer']['name']}; prepare the data for this trunk")
+        trunk = pair_from(checkpoint, name).trunk
+        if checkpoint["trunk_lora"]:
+            trunk.merge_lora()
+    else:
+        trunk = pretrained_trunk(name)
+    if trunk.config.vocab_size != manifest["n_vocab"]:
+        raise UserError(f"error: the trunk {name} has {trunk.config.vocab_size} tokens, but the tokenizer of the data "
+                        f"({manifest['tokenizer']}) has {manifest['n_vocab']}; prepare the data for this trunk")
+    return trunk
+
+
 # ------------------------------------------------------------------------------------------------ save
 def save(checkpoint, path, previous=None):
-    """Write whole or not at all: a kill while writing leaves what was there, which then becomes `previous`."""
+    """Write whole or not at all: a kill while writing leaves what was there, which then becomes
+    `previous`."""
     write_file(f"{path}.new", lambda file: torch.save(checkpoint, file))
     if previous and os.path.exists(path):
         os.replace(path, previous)
@@ -53,12 +73,12 @@ def save(checkpoint, path, previous=None):
 
 
 def describe(model, trunk_lora, out_dir):
-    """The part of a checkpoint that says what the model is, trunk_lora = (rank, alpha) or None. A frozen trunk goes to
-    out_dir/trunk.pt, once."""
+    """The part of a checkpoint that says what the model is, trunk_lora = (rank, alpha) or None. A frozen
+    trunk goes to out_dir/trunk.pt, once."""
     tensors, trunk_sha256 = model.state_dict(), None
     if not trunk_lora and not any(p.requires_grad for p in model.trunk.parameters()):
         path, buffer = os.path.join(out_dir, "trunk.pt"), io.BytesIO()
-        if not hasattr(model, "trunk_sha256"):                           # it cannot change any more
+        if not getattr(model, "trunk_sha256", None):              # once: it cannot change
             torch.save(model.trunk.state_dict(), buffer)
             model.trunk_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
             write_file(path, lambda file: file.write(buffer.getvalue()))
@@ -69,9 +89,82 @@ def describe(model, trunk_lora, out_dir):
             "model": tensors}
 
 
+def save_run(run, config, ranks, better=False):
+    """Write last.pt; and best.pt, if this is better than all before. run: see train.py."""
+    run.saved = run.step
+    if not ranks.main:
+        return
+    lora = [config.lora_rank, config.lora_alpha] if config.trunk_mode == "lora" else None
+    tokenizer = {"name": run.manifest["tokenizer"], "fingerprint": run.manifest["fingerprint"]}
+    checkpoint = describe(run.model, lora, config.out_dir) | {
+        "config": asdict(config), "world": ranks.world, "step": run.step, "best": run.best, "data": run.manifest,
+        "tokenizer": tokenizer}
+    best, last, previous = (os.path.join(config.out_dir, f"{name}.pt") for name in ("best", "last", "previous"))
+    if better:
+        save(checkpoint, best)
+    save(checkpoint | {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}, last, previous)
+
+
+class Log:
+    """metrics.jsonl: a line for every report of the main rank. A new run starts it afresh, a resumed one
+    drops the steps that it will repeat."""
+    def __init__(self, config, ranks, step):
+        self.path, self.main = os.path.join(config.out_dir, "metrics.jsonl"), ranks.main
+        if self.main:
+            kept = [json.dumps(r) + "\n" for r in read_records(self.path) if config.resume and r.get("step", 0) <= step]
+            write_file(self.path, lambda file: file.write("".join(kept).encode()))
+
+    def __call__(self, **record):
+        if self.main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- resume
+def open_out_dir(config, ranks):
+    """Make out_dir, lock it against a second writer, and see that nothing in it would be lost. Returns the
+    lock, and the checkpoint to go on from, or None."""
+    last, previous = (os.path.join(config.out_dir, name) for name in ("last.pt", "previous.pt"))
+    if config.resume and not (os.path.exists(last) or os.path.exists(previous)):
+        raise UserError(f"error: nothing to resume: {last} does not exist; start without --resume")
+    lock_file = lock(config.out_dir) if ranks.main else None
+    if not config.resume:
+        if os.path.exists(last):
+            raise UserError(f"error: {last} exists; go on with --resume, or choose another --out_dir")
+        return lock_file, None
+    try:
+        return lock_file, load_checkpoint(last) | {"path": last}
+    except UserError as e:
+        if not os.path.exists(previous):
+            raise
+        ranks.say(f"{e}\ngoing on from {previous}, the one before")
+        return lock_file, load_checkpoint(previous) | {"path": previous}
+
+
+def check_same_run(checkpoint, config, manifest, ranks):
+    """Raise UserError where --resume would be another run. It may be longer, and k ranks may become k
+    micro-batches."""
+    if "optimizer" not in checkpoint:
+        raise UserError(f"error: {checkpoint['path']} has no optimizer state (is it a best.pt?); start without --resume")
+    may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk", "grad_accum"}
+    before, now = checkpoint["config"], asdict(config)
+    if config.steps > before["steps"]:
+        ranks.say(f"steps was {before['steps']}, now {config.steps}: from here on the learning rate is that of a run of "
+                  f"{config.steps} steps, higher than at the end of the shorter one")
+        may_differ.add("steps")
+    differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in before.items() if k not in may_differ and now.get(k) != v]
+    differ += [f"{k} of the data was {checkpoint['data'].get(k)!r}, now {v!r}" for k, v in manifest.items()
+               if checkpoint["data"].get(k) != v]
+    micro = before["grad_accum"] * checkpoint["world"], config.grad_accum * ranks.world
+    differ += [f"ranks x grad_accum were {micro[0]}, now {micro[1]}"] if micro[0] != micro[1] else []
+    if differ:
+        raise UserError(f"error: {checkpoint['path']} belongs to another configuration: {'; '.join(differ)}")
+
+
 # ------------------------------------------------------------------------------------------------ load
 def load_checkpoint(path):
-    """What train.py saved, with the hash of the bytes read as "sha256". Raises UserError where it cannot be read."""
+    """What train.py saved, with the hash of the bytes read as "sha256". Raises UserError where it cannot be
+    read."""
     if not os.path.exists(path):
         config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # out/NAME is where config/NAME.py writes
         command = f"python train.py {config if os.path.exists(config) else 'config/demo_trunk.py, or bash demo.sh'}"
@@ -93,7 +186,8 @@ def load_checkpoint(path):
 
 
 def read(path):
-    """The dict in the file, and the sha256 of the file: of the bytes that were read, whatever happens to it later."""
+    """The dict in the file, and the sha256 of the file: of the bytes that were read, whatever happens to it
+    later."""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -101,7 +195,7 @@ def read(path):
         if not isinstance(found, dict):
             raise ValueError("wrong contents")
         return found, hashlib.sha256(data).hexdigest()
-    except Exception as e:                                               # torch raises anything on a damaged file
+    except Exception as e:                                        # torch raises anything on a damaged file
         why = str(e).splitlines()[0] if str(e) else "wrong contents"
         raise UserError(f"error: {path} is not a checkpoint of train.py, or is damaged ({type(e).__name__}: {why})")
 
@@ -118,6 +212,7 @@ def pair_from(checkpoint, source):
     if checkpoint["trunk_lora"]:
         trunk.add_lora(*checkpoint["trunk_lora"])
     load_state(model, checkpoint["model"], source)
+    model.trunk_sha256 = checkpoint["trunk_sha256"]
     return model
 
 

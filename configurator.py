@@ -62,11 +62,10 @@ def at_least(config, **limits):
             raise UserError(f"error: {name}={getattr(config, name)}, but it must be at least {low}")
 
 
-def require(**conditions):
-    """Raise UserError for the first message whose condition does not hold: require(why=(message, condition))."""
-    for message, holds in conditions.values():
-        if not holds:
-            raise UserError(f"error: {message}")
+def require(holds, message):
+    """Raise UserError with the message unless holds."""
+    if not holds:
+        raise UserError(f"error: {message}")
 
 
 def configure(cls, argv=None, usage=""):
