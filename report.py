@@ -1,6 +1,8 @@
 """
-What an evaluation says: intervals and paired tests, the rows of its table, the table as text, the figure.
+What an evaluation says: statistics, the rows of its table, the table as text, as a file, as a figure.
 """
+import fcntl
+import glob
 import json
 import math
 import os
@@ -12,6 +14,7 @@ from statistics import fmean
 import torch
 
 from configurator import UserError
+from files import write_file
 from tasks import pass_at_k
 
 
@@ -30,46 +33,55 @@ def sign_test(gained, lost):
 
 
 def mcnemar(a, b):
-    """Paired comparison of two lists of bool, or of how many samples or seeds are right: where b has more, where a
-    has more, exact two-sided p."""
+    """
+    Paired comparison of two lists of bool, or of how many samples, or seeds, are right.
+
+    Returns where b has more, where a has more, and the exact two-sided p.
+    """
     gained, lost = sum(y > x for x, y in zip(a, b)), sum(x > y for x, y in zip(a, b))
     return gained, lost, sign_test(gained, lost)
 
 
 def compare(right, steps):
-    """Right answers after `steps` evaluations against those after the first and the previous number of evaluations.
-    right: {steps: of each problem, whether it is right}, in order. {} for the first."""
-    others, row = list(right)[:list(right).index(steps)], {}
-    for name, other in zip(("vs_first", "vs_previous"), (others[0], others[-1]) if others else ()):
-        row[name] = {"steps": other} | dict(zip(("gained", "lost", "p"), mcnemar(right[other], right[steps])))
-    return row
+    """
+    What is right after `steps` evaluations against the first and against the previous number of them.
+
+    right: {steps: how often each problem is right}, in the order of evaluation; {} for the first of it.
+    """
+    others = list(right)[:list(right).index(steps)]
+    return {name: {"steps": other} | dict(zip(("gained", "lost", "p"), mcnemar(right[other], right[steps])))
+            for name, other in zip(("vs_first", "vs_previous"), others[:1] + others[-1:])}
 
 
 def shares(name, right, k, subjects):
-    """{name: the share of right samples, and its interval}, right in 0..k of each problem; where there are several
-    subjects, macro: the mean of their shares, and each one's share and number of problems."""
+    """
+    {name: share that is right, "interval": ...} of n problems with k samples each, right in 0..k of each.
+
+    Where there are several subjects, also by_subject, {subject: (share, problems)}, and macro, the mean of
+    these shares. The interval counts problems, not samples: samples of one problem are alike.
+    """
     n, of = len(right), {}
     for subject, r in zip(subjects, right):
         of.setdefault(subject, []).append(r / k)
-    row = {name: sum(right) / (n * k), "interval": wilson(sum(right) / k, n)}    # n problems, not n k: they are alike
+    row = {name: sum(right) / (n * k), "interval": wilson(sum(right) / k, n)}
     if len(of) > 1:
-        row["by_subject"] = {subject: [fmean(each), len(each)] for subject, each in sorted(of.items())}
+        row["by_subject"] = {subject: (fmean(each), len(each)) for subject, each in sorted(of.items())}
         row["macro"] = fmean(share for share, _ in row["by_subject"].values())
     return row
 
 
 def summary(records, k, subjects):
     """The numbers of a row of the table, from the records of its steps, with k samples each."""
-    n, of = len(records), {}
-    for name in records[0].keys() - {"id", "output"}:
-        of[name] = sum(r[name] for r in records)
-    row = {"n": n, **shares("strict", [r["strict"] for r in records], k, subjects),
-           "flexible": of["flexible"] / (n * k), "well_formed": of["well_formed"] / (n * k), "cut": 1 - of["ended"] / n,
-           "too_long": n - of["fits"], "tokens": of["predicted"] / n, "nfe": of["nfe"] / max(of["predicted"], 1),
-           "computed": of["computed"] / max(of["predicted"], 1), "seconds": of["seconds"]}
+    n = len(records)
+    total = {name: sum(r[name] for r in records) for name in records[0] if name not in ("id", "output")}
+    row = {"n": n} | shares("strict", [r["strict"] for r in records], k, subjects)
+    row |= {name: total[name] / (n * k) for name in ("flexible", "well_formed")}
+    row |= {"cut": 1 - total["ended"] / n, "too_long": n - total["fits"], "tokens": total["predicted"] / n}
+    row |= {name: total[name] / max(total["predicted"], 1) for name in ("nfe", "computed")}
     if k > 1:
-        row["pass_at"] = {m: sum(pass_at_k(k, r["strict"], m) for r in records) / n for m in {1, 10, 100, k} if m <= k}
-    return row
+        row["pass_at"] = {m: fmean(pass_at_k(k, r["strict"], m) for r in records)
+                          for m in sorted({1, 10, 100, k}) if m <= k}
+    return row | {"seconds": total["seconds"]}
 
 
 # ------------------------------------------------------------------------------------------- the table
@@ -81,7 +93,8 @@ def cells(row):
         yield f"{heading} [95%]", "{:.3f} [{:.3f}, {:.3f}]".format(found[key], *found["interval"])
         if "macro" in found:
             yield "macro", f"{found['macro']:.3f}"
-        yield from (("vs first", versus(found.get("vs_first"))), ("vs previous", versus(found.get("vs_previous"))))
+        yield "vs first", versus(found.get("vs_first"))
+        yield "vs previous", versus(found.get("vs_previous"))
     yield "steps", str(row["steps"])
     if "strict" in row:
         yield from (("NFE", f"{row['nfe']:.2f}"), ("computed", f"{row['computed']:.2f}"))
@@ -98,27 +111,66 @@ def cells(row):
 
 
 def aligned(lines):
-    """Lists of cells as lines of text, each column as wide as its widest cell."""
+    """Lines, lists of as many cells each, as text, every column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def table(rows):
     """The rows as text, and below it the subjects, where there are several."""
-    rows = [list(cells(row)) for row in rows], rows
-    text = aligned([[heading for heading, _ in rows[0][0]], *([cell for _, cell in row] for row in rows[0])])
-    for title, found in (("right", rows[1]), ("likeliest choice", [row.get("choices", {}) for row in rows[1]])):
-        if "by_subject" in found[0]:
-            steps = [f"T = {row['steps']}" for row in rows[1]]
-            lines = [[subject, str(n), *(f"{row['by_subject'][subject][0]:.3f}" for row in found)]
-                     for subject, (_, n) in found[0]["by_subject"].items()]
-            text += f"\n\n{aligned([[f'{title}, by subject', 'n', *steps], *lines])}"
+    lines = [list(zip(*cells(row))) for row in rows]
+    text = aligned([lines[0][0], *(texts for _, texts in lines)])
+    for title, found in (("right", rows), ("likeliest choice", [row.get("choices", {}) for row in rows])):
+        lines = [[f"{title}, by subject", "n", *(f"T = {row['steps']}" for row in rows)]]
+        for subject, (_, n) in found[0].get("by_subject", {}).items():
+            lines.append([subject, str(n), *(f"{row['by_subject'][subject][0]:.3f}" for row in found)])
+        text += "\n\n" + aligned(lines) if len(lines) > 1 else ""
     return text
+
+
+# -------------------------------------------------------------------------------------------- the file
+def commit():
+    """The commit of this code, -dirty where files have changed since; "" where git cannot tell."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+        return subprocess.run(command, capture_output=True, check=False, text=True).stdout.strip()
+    except OSError:                                                      # no git here
+        return ""
+
+
+def provenance(device):
+    """What made these numbers: commit, command, versions, machine."""
+    cpu = platform.processor() or platform.machine()
+    return {"commit": commit(), "command": " ".join(sys.argv), "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu}
+
+
+def read_results(path):
+    """What write_results wrote to path; {"rows": []} where nothing is there, or something else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        if results.keys() >= {"config", "problems_sha256"} and all("by_kind" in r for r in results["rows"]):
+            return results
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {"rows": []}
+
+
+def write_results(path, results):
+    """Results as JSON. Rows of other numbers of steps stay: all else is the same, for the name says so."""
+    with open(os.path.join(os.path.dirname(path), "lock"), "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)                                 # another run may write just now
+        rows = {row["steps"]: row for row in read_results(path)["rows"] + results["rows"]}
+        whole = results | {"rows": [rows[steps] for steps in sorted(rows)]}
+        write_file(path, lambda file: file.write(json.dumps(whole, indent=1).encode()))
 
 
 # ------------------------------------------------------------------------------------------ the figure
 def pyplot(option):
-    """matplotlib.pyplot, drawing to files. UserError, naming the option that asks for it, where it is not installed."""
+    """matplotlib.pyplot, drawing to files. UserError, naming the option that needs it, if it is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -128,8 +180,26 @@ def pyplot(option):
     return plt
 
 
+def read_controls(config, problems_sha256):
+    """[(name, row)] of the out_dirs in config.controls: each one's latest evaluation on the same problems."""
+    pyplot("--plot")                                                     # rather now than after the work
+    controls, names = [], ("split", "temperature", "top_k", "votes", "samples", "shots", "limit")
+    same = {name: getattr(config, name) for name in names}
+    for out_dir in filter(None, config.controls.split(",")):
+        paths = glob.glob(os.path.join(glob.escape(out_dir), "eval", "*.json"))
+        rows = [r["rows"][0] for r in map(read_results, sorted(paths, key=os.path.getmtime))
+                if r["rows"] and "strict" in r["rows"][0] and r["problems_sha256"] == problems_sha256
+                and all(r["config"].get(name) == value for name, value in same.items())]
+        if not rows:
+            options = " ".join(f"--{name}={value}" for name, value in same.items())
+            raise UserError(f"error: {out_dir} has no evaluation on the same problems at the same settings; "
+                            f"run: python evaluate.py --out_dir={out_dir} --steps=1 {options}")
+        controls.append((os.path.basename(os.path.normpath(out_dir)), rows[-1]))
+    return controls
+
+
 def plot(file, results, controls):
-    """Share right against path calls per token with 95% intervals, as PNG; controls [(name, row)] as lines."""
+    """Share right against path calls per token, 95% intervals, as PNG; controls [(name, row)] as lines."""
     plt, rows = pyplot("--plot"), results["rows"]
     x, y = [row["nfe"] for row in rows], [row["strict"] for row in rows]
     bars = [[abs(row["strict"] - row["interval"][end]) for row in rows] for end in (0, 1)]
@@ -138,35 +208,8 @@ def plot(file, results, controls):
     for i, (name, row) in enumerate(controls):
         axes.axhline(row["strict"], color=f"C{i + 1}", linestyle="--", label=name)
         axes.axhspan(*row["interval"], color=f"C{i + 1}", alpha=0.1)
-    axes.set(xlabel="path calls per token", ylabel=f"right ({results['config']['split']}, n = {rows[0]['n']})")
+    split, n = results["config"]["split"], rows[0]["n"]
+    axes.set(xlabel="path calls per token", ylabel=f"share right ({split}, n = {n})")
     axes.legend()
     figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
-
-
-# ------------------------------------------------------------------------------------------ provenance
-def commit():
-    """The commit of this code, -dirty where files have changed since; an empty string where git cannot tell."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    try:
-        command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:                                                      # no git here
-        return ""
-
-
-def provenance(device):
-    """What made these numbers: commit, command, versions, machine."""
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"commit": commit(), "command": " ".join(sys.argv), "torch": torch.__version__,
-            "python": platform.python_version(), "machine": machine}
-
-
-def read_results(path):
-    """The results that evaluate.py wrote to path, a dict with rows; without any where it is not there, or damaged."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            results = json.load(file)
-        return results if all("steps" in row for row in results["rows"]) else {"rows": []}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"rows": []}
