@@ -142,22 +142,22 @@ def labels_of(config, model, checkpoint, manifest, problems):
 
 
 # ------------------------------------------------------------------------------------------------ show
-def show_change(exam, decoding, first, last):
+def show_change(exam, decoding, records):
     """
-    Of the problems that are wrong in the records `first` and right in `last`, print the one with the shortest
-    answer, both answers, and how each token of the last came about.
+    Of the problems that the first number of steps gets wrong and the last right, print the one with the
+    shortest answer, both answers, and how each token of the last came about. records: {steps: the answers}.
     """
+    (few, first), *_, (many, last) = records.items()
     changed = [b for a, b in zip(first, last) if b["strict"] > a["strict"]]
     if not changed:
-        print("\nno problem is wrong at the first number of steps and right at the last: none to trace")
+        print(f"\nno problem is wrong at steps={few} and right at steps={many}: none to trace")
         return
     i, eot = min(changed, key=lambda record: record["predicted"])["id"], exam.encoding.eot_token
     (output,) = generate(exam.model, [exam.prompts[i]], eot, decoding, [exam.labels[i]], [i], trace=True)
-    print(f"\nof {len(changed)} problems that the steps put right, the one with the shortest answer:\n"
-          f"{exam.problems[i].prompt}{exam.problems[i].answer}\n"
-          f"  first number of steps: {first[i]['output']!r}\n"
-          f"  last, steps={decoding.steps}: {last[i]['output']!r}\n"
-          "each token of the last; a star marks one that the steps changed")
+    print(f"\n{len(changed)} problems are wrong at steps={few} and right at steps={many}; of these, the shortest:\n"
+          f"{exam.problems[i].prompt}\n  steps={few}: {first[i]['output']!r}\n"
+          f"  steps={many}: {last[i]['output']!r}\n"
+          f"each token at steps={many}; a star marks one that the steps changed")
     print(format_trace(output, output.tokens + [eot] * output.ended, exam.encoding, sys.stdout.isatty()))
 
 
@@ -178,8 +178,7 @@ def show(exam, decoding, results, records, path, controls):
         write_file(f"{path}.png", lambda file: report.plot(file, results, controls))
         print(f"figure: {path}.png")
     if config.show_change:
-        first, *_, last = records.values()
-        show_change(exam, decoding, first, last)
+        show_change(exam, decoding, records)
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -201,8 +200,8 @@ def evaluate(config, ranks):
         row |= of_true_answers(exam, decoding, *kinds)
         if subjects := [p.subject for p in exam.problems if p.choices]:
             likeliest[steps], nll = of_choices(exam, decoding)
-            row["choices"] = report.shares("accuracy", likeliest[steps], 1, subjects) | report.compare(likeliest, steps) | {
-                "nll": nll, "right": "".join(map(str, likeliest[steps]))}
+            row["choices"] = report.shares("accuracy", likeliest[steps], 1, subjects) | {
+                **report.compare(likeliest, steps), "nll": nll, "right": "".join(map(str, likeliest[steps]))}
         if config.exact_match:
             name = f"{config.split}_{key}_steps{steps}.jsonl"
             records[steps] = answers(exam, decoding, os.path.join(folder, name))
@@ -226,7 +225,7 @@ def main(argv=None):
         why = str(e).splitlines()[0]
         raise UserError(f"error: out of memory ({why}); lower --batch_size") from None
     except UserError:
-        if int(os.environ.get("LOCAL_RANK", "0")):                         # the first rank of the host says it
+        if int(os.environ.get("LOCAL_RANK", "0")):                       # the first rank of the host says it
             raise SystemExit(1) from None
         raise
     finally:
