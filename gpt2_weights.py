@@ -180,7 +180,7 @@ def clean_names(tensors, path):
     for name, tensor in tensors.items():
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            continue                                         # the causal mask of old checkpoints; the tied head
+            continue                                         # the causal mask of old files; the tied head
         if not tensor.is_floating_point():
             raise UserError(f"error: {path}: {name} holds {tensor.dtype}, not floating-point numbers; "
                             "fetch the weights without quantization")
