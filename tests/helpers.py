@@ -145,7 +145,9 @@ class Naive:
             return self.adapt(x, end)
         per = 1 if s.solver in ("euler", "relaxed") else 2
         n = (T - 1) // per + (T - 1) % per
-        grid = [end * s.shift * i / n / (1 + (s.shift - 1) * i / n) for i in range(n)] + [end]
+        grid = [end * i / n for i in range(n)] + [end]
+        if s.t_begin:                                             # 0, and the calls evenly from t_begin on
+            grid = [0.0] + [end - (end - s.t_begin) * (n - i) / max(1, n - 1) for i in range(1, n + 1)]
         for i in range(n):
             a, b = grid[i], grid[i + 1]
             h = b - a
