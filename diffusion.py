@@ -54,8 +54,8 @@ def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     idx (B, T) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the targets;
     label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. unroll = (times, weight), in place of t:
     x_t comes not from the truth but from the model's own mean guesses, by Algorithm 1 through these times
-    (fixed_point with this weight; euler at 0), and the gradient goes through all of it (deviation 12). Without
-    a path: plain cross-entropy of the trunk.
+    (fixed_point with this weight; euler at 0), and the gradient goes through all of it (deviation 12).
+    Without a path: plain cross-entropy of the trunk.
     """
     c = model.read(idx, at)
     if model.path is None:
@@ -105,13 +105,12 @@ def heun_step(dx, x, a, b):
     return x + (b - a) / 2 * (v_a + dx(x_b, b))
 
 
-def relaxed_step(dx, x, a, b, x_0, weight):
-    """From time a to b on the line from x_0 to m, a mean of the guesses so far that each call moves by
-    `weight`.
+def fixed_point_step(dx, x, a, b, x_0, weight):
+    """From time a to b on the line from x_0 to m, a mean of the guesses that each call moves by `weight`.
 
-    Every solver here stays on lines x_t = (1 - t) x_0 + t m. Euler gives the newest guess the weight (b - a)
-    / ((1 - a) b), which falls with every call; this one gives it the same weight at every call but the first,
-    as a relaxed fixed-point iteration does. One evaluation.
+    Every solver here stays on lines x_t = (1 - t) x_0 + t m. Euler gives the newest guess the weight
+    (b - a) / ((1 - a) b), which falls with every call. Here it is the same at every call but the first: a
+    relaxed fixed-point iteration of m -> x_1_hat (deviation 13). One evaluation.
     """
     x_1_hat = x + (1 - a) * dx(x, a)
     m = x_1_hat if a == 0 else (x - (1 - a) * x_0) / a
@@ -186,7 +185,7 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal["euler", "midpoint", "heun", "fixed_point", "adaptive"] = "euler"  # adaptive: up to `steps`
+    solver: Literal["euler", "midpoint", "heun", "fixed_point", "adaptive"] = "euler"
     t_end: float = 0.0              # time of the last evaluation; 0 = last_time(steps); the paper has 1
     t_hold: float = 0.0             # time of all path calls but the last; 0 = evenly spaced up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess
@@ -212,8 +211,9 @@ class Sampler:
         cost = 2 if self.solver in ("midpoint", "heun") else 1
         n, odd = divmod(self.steps - 1, cost)
         times = time_grid(n + odd, self.t_end or last_time(self.steps), self.t_hold)
-        step = {"midpoint": midpoint_step, "heun": heun_step,
-                "fixed_point": partial(fixed_point_step, x_0=x_0, weight=self.weight)}.get(self.solver, euler_step)
+        fixed_point = partial(fixed_point_step, x_0=x_0, weight=self.weight)
+        step = {"midpoint": midpoint_step, "heun": heun_step, "fixed_point": fixed_point
+                }.get(self.solver, euler_step)
         if odd:                                               # the first interval by Euler: one evaluation
             return times, lambda dx, x, a, b: (step if a else euler_step)(dx, x, a, b)
         return times, step

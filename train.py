@@ -68,8 +68,8 @@ class Config(PathConfig):
     stratified: bool = True         # draw t from equal bins over the micro-batch (deviation 5)
     label_dropout: float = 0.2      # share of examples trained without their guidance label
     unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12)
-    unroll_t_hold: float = 0.5      # its times, as of sample.py; sample with the same --t_hold, --t_end, --weight,
-    unroll_t_end: float = 0.9       # --guess=mean and --solver=fixed_point
+    unroll_t_hold: float = 0.5      # its times; sample such a path with --solver=fixed_point --guess=mean
+    unroll_t_end: float = 0.9       # and the same --t_hold, --t_end, --weight
     unroll_weight: float = 0.5      # 0 = --solver=euler
     path_from: str = ""             # a checkpoint whose path to start from, for a later phase
     # optimisation
