@@ -222,10 +222,9 @@ def batches_of_epoch(lengths, batch_size, n_micro, seed):
     """
     The example ids of one epoch, (steps, n_micro, batch_size / n_micro): of each step, for all ranks.
 
-    Shuffled, then sorted by length within chunks of 50 batches and cut into micro-batches, so that one holds
-    similar lengths and little padding; a step takes its micro-batches at random, so that with several of
-    them it sees several lengths (with one it sees one: the loss then swings from step to step). The rest
-    that fills no batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
+    Shuffled, sorted by length within chunks of 50 batches, and cut: the examples of a step are of similar
+    length, so that there is little padding and no rank waits long for another. The rest that fills no
+    batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
@@ -234,8 +233,7 @@ def batches_of_epoch(lengths, batch_size, n_micro, seed):
     order = order[:len(order) // batch_size * batch_size]
     chunks = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
     order = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
-    micro_batches = rng.permutation(order.reshape(-1, batch_size // n_micro))
-    return micro_batches.reshape(-1, n_micro, batch_size // n_micro)
+    return rng.permutation(order.reshape(-1, batch_size)).reshape(-1, n_micro, batch_size // n_micro)
 
 
 # ---------------------------------------------------------------------------------- the command line
