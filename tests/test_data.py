@@ -750,7 +750,7 @@ def test_a_batch_is_the_examples_padded_and_an_epoch_has_each_of_them_once(arith
     assert np.mean([lengths[ids].max() - lengths[ids].mean() for step in epoch for ids in step]) < 1
     assert (batches_of_epoch(lengths, 16, 2, [1, 0]) == epoch).all()
     assert (batches_of_epoch(lengths, 16, 2, [1, 1]) != epoch).any()
-    assert set(batches_of_epoch(lengths[:5], 8, 1, 0).flatten().tolist()) == set(range(5))    # repeated to fill one
+    assert set(batches_of_epoch(lengths[:5], 8, 1, 0).flatten().tolist()) == set(range(5))    # to fill one
 
 
 # ---------------------------------------------------------------- reading back
