@@ -161,9 +161,10 @@ def read_safetensors(path):
     for name, entry in header.items():
         try:
             dtype, shape, (start, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            sizes = all(type(z) is int and 0 <= z < 2 ** 63 for z in (*shape, start, end))
+            if not all(type(z) is int and 0 <= z < 2 ** 63 for z in (*shape, start, end)):
+                raise ValueError
             count = math.prod(shape)
-            fits = sizes and end <= len(data) - n - 8 and end - start == count * dtype.itemsize
+            fits = end <= len(data) - n - 8 and end - start == count * dtype.itemsize
         except (KeyError, TypeError, ValueError):
             raise bad(f"the entry of {name} cannot be read") from None
         if not fits:

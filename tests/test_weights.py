@@ -390,6 +390,7 @@ ENTRY = st.fixed_dictionaries({}, optional={
 @given(st.dictionaries(st.text(max_size=3), ENTRY | HEADERS, max_size=3) | HEADERS, st.binary(max_size=40),
        st.booleans())
 @example({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8), False)
+@example({"x": {"dtype": "F32", "shape": [2 ** 63, []], "data_offsets": [0, 0]}}, b"", False)
 def test_any_header_is_read_as_it_says_or_refused_in_one_line(tmp_path_factory, header, blob, cut):
     """Against struct: a tensor that is read holds the bytes that its entry names."""
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
@@ -440,7 +441,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def answer(self, body):
         hub = self.server
         hub.requests.append((self.command, self.path))
-        if hub.mirror and "resolve" in self.path:            # a mirror's own redirect: relative, without a hash
+        if hub.mirror and "resolve" in self.path:            # a mirror's own: relative, without a hash
             self.send_response(308)
             self.send_header("Location", self.path.replace("resolve", "mirrored"))
             self.send_header("Content-Length", "0")
