@@ -391,6 +391,7 @@ ENTRY = st.fixed_dictionaries({}, optional={
        st.booleans())
 @example({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8), False)
 @example({"x": {"dtype": "F32", "shape": [2 ** 63, []], "data_offsets": [0, 0]}}, b"", False)
+@example({"x": {"dtype": "F32", "shape": [0, 2 ** 62, 2 ** 62], "data_offsets": [0, 0]}}, b"", False)
 def test_any_header_is_read_as_it_says_or_refused_in_one_line(tmp_path_factory, header, blob, cut):
     """Against struct: a tensor that is read holds the bytes that its entry names."""
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
