@@ -54,7 +54,7 @@ def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     idx (B, T) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the targets;
     label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. unroll = (times, weight), in place of t:
     x_t comes not from the truth but from the model's own mean guesses, by Algorithm 1 through these times
-    (relaxed with this weight; Euler's at 0), and the gradient goes through all of it (deviation 12). Without
+    (fixed_point with this weight; euler at 0), and the gradient goes through all of it (deviation 12). Without
     a path: plain cross-entropy of the trunk.
     """
     c = model.read(idx, at)
@@ -67,15 +67,15 @@ def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     else:
         f = Denoiser(model, Sampler(guess="mean"), Tables(model), c, label[at[0]])
         times, weight = unroll
-        step = partial(relaxed_step, x_0=x_0, weight=weight) if weight else euler_step
+        step = partial(fixed_point_step, x_0=x_0, weight=weight) if weight else euler_step
         logits = algorithm_1(f, x_0, times, step)
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
-def draw_times(most_calls, t_begin, t_end, generator):
+def draw_times(most_calls, t_end, t_hold, generator):
     """The times of one unrolled pass: 1 to most_calls path calls, uniform in the logarithm, on time_grid."""
     n_calls = int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
-    return time_grid(n_calls, t_begin, t_end)
+    return time_grid(n_calls, t_end, t_hold)
 
 
 # --------------------------------------------------------------------------------------------- solvers
@@ -119,11 +119,9 @@ def relaxed_step(dx, x, a, b, x_0, weight):
     return (1 - b) * x_0 + b * m
 
 
-def time_grid(n, t_begin, t_end):
-    """0, where the trunk is asked, and n times evenly from t_begin to t_end. t_begin = 0: all evenly."""
-    if not t_begin:
-        return [t_end * (i / n) for i in range(n + 1)] if n else [0.0]
-    return [0.0] + [t_end - (t_end - t_begin) * (i / max(1, n - 1)) for i in reversed(range(n))]
+def time_grid(n, t_end, t_hold=0.0):
+    """0, and n times up to t_end: evenly; or, with t_hold, all but the last at t_hold."""
+    return [0.0] + [t_hold if t_hold and i < n else t_end * (i / n) for i in range(1, n + 1)]
 
 
 def last_time(steps):
@@ -188,10 +186,10 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal["euler", "midpoint", "heun", "relaxed", "adaptive"] = "euler"  # adaptive: at most `steps`
+    solver: Literal["euler", "midpoint", "heun", "fixed_point", "adaptive"] = "euler"  # adaptive: up to `steps`
     t_end: float = 0.0              # time of the last evaluation; 0 = last_time(steps); the paper has 1
-    t_begin: float = 0.0            # time of the first path call; 0 = as far from 0 as the others lie apart
-    weight: float = 0.6             # relaxed: of the newest guess
+    t_hold: float = 0.0             # time of all path calls but the last; 0 = evenly spaced up to t_end
+    weight: float = 0.5             # fixed_point: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
     stop: float = 0.0               # a token is done when its guess stays, more probable than this; 0 = off
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
@@ -201,10 +199,10 @@ class Sampler:
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
 
     def __post_init__(self):
-        at_least(self, steps=1, t_begin=0, t_end=0, stop=0, temperature=0, top_k=0)
+        at_least(self, steps=1, t_hold=0, t_end=0, stop=0, temperature=0, top_k=0)
         require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
-        require(not self.t_begin or self.t_begin <= self.t_end,
-                f"t_begin={self.t_begin} needs a later t_end, not {self.t_end}")
+        require(not self.t_hold or self.t_hold <= self.t_end,
+                f"t_hold={self.t_hold} needs a later t_end, not {self.t_end}")
         require(self.stop < 1, f"stop={self.stop}, but it must be below 1")
         require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
         require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
@@ -213,9 +211,9 @@ class Sampler:
         """The times and the step of Algorithm 1 that spend `steps` evaluations."""
         cost = 2 if self.solver in ("midpoint", "heun") else 1
         n, odd = divmod(self.steps - 1, cost)
-        times = time_grid(n + odd, self.t_begin, self.t_end or last_time(self.steps))
+        times = time_grid(n + odd, self.t_end or last_time(self.steps), self.t_hold)
         step = {"midpoint": midpoint_step, "heun": heun_step,
-                "relaxed": partial(relaxed_step, x_0=x_0, weight=self.weight)}.get(self.solver, euler_step)
+                "fixed_point": partial(fixed_point_step, x_0=x_0, weight=self.weight)}.get(self.solver, euler_step)
         if odd:                                               # the first interval by Euler: one evaluation
             return times, lambda dx, x, a, b: (step if a else euler_step)(dx, x, a, b)
         return times, step
