@@ -203,6 +203,6 @@ def styled(rng, question, answer):
     return answer, group
 
 def in_style(group, answer):
-    """Whether every line of an answer before the last begins as the group's do."""
+    """Whether every line of an answer before the last is written as the group's are: in words or without."""
     lines = answer.split("####")[0].strip().split("\n")
-    return all(line[:1].isdigit() == (group == "sums") for line in lines)
+    return all(any(map(str.isalpha, line)) == (group == "words") for line in lines)

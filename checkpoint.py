@@ -11,12 +11,12 @@ import os
 from dataclasses import asdict
 
 import torch
-from files import lock, read_records, write_file
-from tokens import fingerprint, load_tokenizer
 
 from configurator import UserError
+from files import lock, read_records, write_file
 from machine import pick_device, pick_dtype
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
+from tokens import fingerprint, load_tokenizer
 
 
 def load_state(module, tensors, source):
@@ -49,16 +49,16 @@ def load_trunk(name, manifest):
     if name.endswith(".pt"):
         checkpoint = load_checkpoint(name)
         if checkpoint["tokenizer"]["fingerprint"] != manifest["fingerprint"]:
-            raise UserError(f"error: the data was made with tokenizer {manifest['tokenizer']}, but the trunk {name} was "
-                            f"trained with {checkpoint['tokenizer']['name']}; prepare the data for this trunk")
+            raise UserError(f"error: the data has tokenizer {manifest['tokenizer']}, but the trunk {name} "
+                            f"was trained with {checkpoint['tokenizer']['name']}; prepare the data for it")
         trunk = pair_from(checkpoint, name).trunk
         if checkpoint["trunk_lora"]:
             trunk.merge_lora()
     else:
         trunk = pretrained_trunk(name)
     if trunk.config.vocab_size != manifest["n_vocab"]:
-        raise UserError(f"error: the trunk {name} has {trunk.config.vocab_size} tokens, but the tokenizer of the data "
-                        f"({manifest['tokenizer']}) has {manifest['n_vocab']}; prepare the data for this trunk")
+        raise UserError(f"error: the trunk {name} has {trunk.config.vocab_size} tokens, but the data's "
+                        f"tokenizer, {manifest['tokenizer']}, has {manifest['n_vocab']}; prepare it anew")
     return trunk
 
 
@@ -84,9 +84,9 @@ def describe(model, trunk_lora, out_dir):
             write_file(path, lambda file: file.write(buffer.getvalue()))
         tensors = {k: v for k, v in tensors.items() if not k.startswith("trunk.")}
         trunk_sha256 = model.trunk_sha256
-    return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora, "trunk_sha256": trunk_sha256,
-            "path_config": asdict(model.path.config) if model.path else None, "n_labels": model.no_label,
-            "model": tensors}
+    return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora, "n_labels": model.no_label,
+            "path_config": asdict(model.path.config) if model.path else None,
+            "trunk_sha256": trunk_sha256, "model": tensors}
 
 
 def save_run(run, config, ranks, better=False):
@@ -97,12 +97,13 @@ def save_run(run, config, ranks, better=False):
     lora = [config.lora_rank, config.lora_alpha] if config.trunk_mode == "lora" else None
     tokenizer = {"name": run.manifest["tokenizer"], "fingerprint": run.manifest["fingerprint"]}
     checkpoint = describe(run.model, lora, config.out_dir) | {
-        "config": asdict(config), "world": ranks.world, "step": run.step, "best": run.best, "data": run.manifest,
-        "tokenizer": tokenizer}
-    best, last, previous = (os.path.join(config.out_dir, f"{name}.pt") for name in ("best", "last", "previous"))
+        "config": asdict(config), "world": ranks.world, "step": run.step, "best": run.best,
+        "data": run.manifest, "tokenizer": tokenizer}
+    folder = config.out_dir
     if better:
-        save(checkpoint, best)
-    save(checkpoint | {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}, last, previous)
+        save(checkpoint, os.path.join(folder, "best.pt"))
+    checkpoint |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    save(checkpoint, os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt"))
 
 
 class Log:
@@ -111,8 +112,9 @@ class Log:
     def __init__(self, config, ranks, step):
         self.path, self.main = os.path.join(config.out_dir, "metrics.jsonl"), ranks.main
         if self.main:
-            kept = [json.dumps(r) + "\n" for r in read_records(self.path) if config.resume and r.get("step", 0) <= step]
-            write_file(self.path, lambda file: file.write("".join(kept).encode()))
+            kept = [r for r in read_records(self.path) if config.resume and r.get("step", 0) <= step]
+            text = "".join(json.dumps(r) + "\n" for r in kept)
+            write_file(self.path, lambda file: file.write(text.encode()))
 
     def __call__(self, **record):
         if self.main:
@@ -145,14 +147,16 @@ def check_same_run(checkpoint, config, manifest, ranks):
     """Raise UserError where --resume would be another run. It may be longer, and k ranks may become k
     micro-batches."""
     if "optimizer" not in checkpoint:
-        raise UserError(f"error: {checkpoint['path']} has no optimizer state (is it a best.pt?); start without --resume")
-    may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk", "grad_accum"}
+        raise UserError(f"error: {checkpoint['path']} has no optimizer state; start without --resume")
+    may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk",
+                  "grad_accum"}
     before, now = checkpoint["config"], asdict(config)
     if config.steps > before["steps"]:
-        ranks.say(f"steps was {before['steps']}, now {config.steps}: from here on the learning rate is that of a run of "
-                  f"{config.steps} steps, higher than at the end of the shorter one")
+        ranks.say(f"steps was {before['steps']}, now {config.steps}: the learning rate goes on as that of a "
+                  f"run of {config.steps} steps, higher than at the end of the shorter one")
         may_differ.add("steps")
-    differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in before.items() if k not in may_differ and now.get(k) != v]
+    differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in before.items()
+              if k not in may_differ and now.get(k) != v]
     differ += [f"{k} of the data was {checkpoint['data'].get(k)!r}, now {v!r}" for k, v in manifest.items()
                if checkpoint["data"].get(k) != v]
     micro = before["grad_accum"] * checkpoint["world"], config.grad_accum * ranks.world
@@ -166,18 +170,18 @@ def load_checkpoint(path):
     """What train.py saved, with the hash of the bytes read as "sha256". Raises UserError where it cannot be
     read."""
     if not os.path.exists(path):
-        config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # out/NAME is where config/NAME.py writes
-        command = f"python train.py {config if os.path.exists(config) else 'config/demo_trunk.py, or bash demo.sh'}"
-        raise UserError(f"error: no checkpoint at {path}; make one first: {command}")
+        config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # config/NAME.py writes to out/NAME
+        config = config if os.path.exists(config) else "config/demo_trunk.py, or bash demo.sh"
+        raise UserError(f"error: no checkpoint at {path}; make one first: python train.py {config}")
     checkpoint, sha256 = read(path)
-    missing = {"trunk_config", "trunk_lora", "trunk_sha256", "path_config", "n_labels", "model"} - checkpoint.keys()
-    if missing:
-        raise UserError(f"error: {path} is not a checkpoint of this train.py: it has no {', '.join(sorted(missing))}")
+    parts = {"trunk_config", "trunk_lora", "trunk_sha256", "path_config", "n_labels", "model"}
+    if missing := ", ".join(sorted(parts - checkpoint.keys())):
+        raise UserError(f"error: {path} is not a checkpoint of this train.py: it has no {missing}")
     if checkpoint["trunk_sha256"]:
         trunk_path = os.path.join(os.path.dirname(path), "trunk.pt")
         if not os.path.exists(trunk_path):
-            raise UserError(f"error: {path} holds the path alone, and its trunk, {trunk_path}, is not there; keep both "
-                            "files in one folder")
+            raise UserError(f"error: {path} holds the path alone, and its trunk, {trunk_path}, is not there; "
+                            "keep both files in one folder")
         trunk, found = read(trunk_path)
         if found != checkpoint["trunk_sha256"]:
             raise UserError(f"error: {trunk_path} is not the trunk that {path} was trained on, or is damaged")
@@ -197,7 +201,7 @@ def read(path):
         return found, hashlib.sha256(data).hexdigest()
     except Exception as e:                                        # torch raises anything on a damaged file
         why = str(e).splitlines()[0] if str(e) else "wrong contents"
-        raise UserError(f"error: {path} is not a checkpoint of train.py, or is damaged ({type(e).__name__}: {why})")
+        raise UserError(f"error: {path} is no checkpoint of train.py, or damaged ({type(e).__name__}: {why})")
 
 
 def pair_from(checkpoint, source):
@@ -220,11 +224,11 @@ def load(out_dir, which="best", device="auto", dtype="auto"):
     """The pair on its device, ready to sample, its tokenizer and its checkpoint. Raises UserError."""
     device, path = pick_device(device), os.path.join(out_dir, f"{which}.pt")
     checkpoint = load_checkpoint(path)
-    if missing := {"tokenizer", "data", "config"} - checkpoint.keys():
-        raise UserError(f"error: {path} has no {', '.join(sorted(missing))}: another version of train.py wrote it")
+    if missing := ", ".join(sorted({"tokenizer", "data", "config"} - checkpoint.keys())):
+        raise UserError(f"error: {path} has no {missing}: another version of train.py wrote it")
     name = checkpoint["tokenizer"]["name"]
     encoding = load_tokenizer(name)
     if fingerprint(encoding) != checkpoint["tokenizer"]["fingerprint"]:
-        raise UserError(f"error: {path} was trained with another version of the tokenizer {name}; train it again")
+        raise UserError(f"error: {path} was trained with another version of tokenizer {name}; train again")
     model = pair_from(checkpoint, path).requires_grad_(False)
     return model.to(device, pick_dtype(dtype, device)), encoding, checkpoint

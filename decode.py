@@ -12,7 +12,7 @@ before it. What is wasted: trunk passes and path calls behind the first token th
 the path reads its weights once for K positions. It is speculative decoding (Leviathan et al. 2023) whose
 draft model is the trunk itself, whose passes over the tokens kept were needed anyway.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -23,14 +23,14 @@ from configurator import UserError
 from diffusion import Denoiser, Sampler, Tables, choose, predict
 from model import Context
 
-MOST_POSITIONS = 128    # of a round, all rows together: beyond, arithmetic bounds a path call, and drafts only waste
+MOST_POSITIONS = 128    # in a round, of all rows: beyond, a path call is bound by arithmetic
 
 
 @dataclass(frozen=True)
 class Decoding(Sampler):
     # how a text is written
     max_new_tokens: int = 320
-    draft: int = 16             # tokens that the trunk drafts in a round, at most; 0 = none. Changes no token
+    draft: int = 16                 # tokens that the trunk drafts in a round, at most; 0 = none
     seed: int = 0
 
     def __post_init__(self):
@@ -50,7 +50,7 @@ class Generated:
     computed: int = 0               # path calls in all, those behind a rejected token of a draft included
     rounds: int = 0
     rejected: list = field(default_factory=list)    # indices of the tokens that differ from the draft
-    trace: list = field(default_factory=list)  # per predicted token, (t, guess, probability) of each evaluation
+    trace: list = field(default_factory=list)       # per token, (t, guess, probability) of each evaluation
 
 
 @dataclass
@@ -206,10 +206,11 @@ def generate(model, prompts, eot, config, label=None, ids=None, trace=False):
     leave the batch. Returns B Generated; with trace, each says how its guesses changed.
     """
     assert model.path is not None or config.steps == 1, "without a path there is only steps = 1"
-    B = len(prompts)
+    B, block_size = len(prompts), model.trunk.config.block_size
+    config = replace(config, max_new_tokens=min(config.max_new_tokens, block_size))
     rows = read_prompts(model, prompts, config, label or [model.no_label] * B, ids or range(B))
     tables = Tables(model) if config.steps > 1 else None
-    out, block_size, K = rows.out, model.trunk.config.block_size, min(8, config.draft)
+    out, K = rows.out, min(8, config.draft)
     while rows.out:
         K = 1 if config.steps == 1 else max(1, min(K, block_size - max(rows.positions)))
         rows.grow(max(rows.positions) + K)

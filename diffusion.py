@@ -1,4 +1,5 @@
-""" The diffusion of L2D: noising, loss, velocity, solvers, guidance and Algorithm 1, as functions on tensors.
+"""
+The diffusion of L2D: noising, loss, velocity, solvers, guidance and Algorithm 1, as functions on tensors.
 
     Time runs from t = 0, pure noise, to t = 1, data.    x_t = t x_1 + (1 - t) x_0
 
@@ -47,37 +48,39 @@ def draw(n, path_config, generator, stratified=True):
     return t, path_config.sigma * x_0
 
 
-def nll(model, idx, at, y, label, t=None, x_0=None, times=None):
+def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     """Eq. 3: -log f(x_t, t, c)_y at each target, float32 (N,). The caller sums and weighs.
 
     idx (B, T) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the targets;
-    label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. times, in place of t: x_t comes not from
-    the truth but from the model's own mean guesses, by Algorithm 1 through these times, and the gradient goes
-    through all of it (deviation 12). Without a path: plain cross-entropy of the trunk.
+    label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. unroll = (times, weight), in place of t:
+    x_t comes not from the truth but from the model's own mean guesses, by Algorithm 1 through these times
+    (relaxed with this weight; Euler's at 0), and the gradient goes through all of it (deviation 12). Without
+    a path: plain cross-entropy of the trunk.
     """
     c = model.read(idx, at)
     if model.path is None:
         logits = model.trunk.head(c.h)
-    elif times is None:
+    elif unroll is None:
         x_1 = model.embed(y)                                      # (N, D)
         x_t = noise(x_1, x_0, t)
         logits = model(x_t, t, c, label[at[0]])                   # (N, V_size)
     else:
         f = Denoiser(model, Sampler(guess="mean"), Tables(model), c, label[at[0]])
-        logits = algorithm_1(f, x_0, times)
+        times, weight = unroll
+        step = partial(relaxed_step, x_0=x_0, weight=weight) if weight else euler_step
+        logits = algorithm_1(f, x_0, times, step)
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
-def draw_times(most_calls, t_end, shift, generator):
+def draw_times(most_calls, t_begin, t_end, generator):
     """The times of one unrolled pass: 1 to most_calls path calls, uniform in the logarithm, on time_grid."""
     n_calls = int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
-    return time_grid(n_calls, t_end, shift)
+    return time_grid(n_calls, t_begin, t_end)
 
 
 # --------------------------------------------------------------------------------------------- solvers
 def velocity(x_t, t, x_1_hat):
-    """Eq. 4: dx_t/dt = (x_1_hat - x_t) / (1 - t), (N, D). Never asked for at t = 1. t a float < 1, or
-    (N,)."""
+    """Eq. 4: dx_t/dt = (x_1_hat - x_t) / (1 - t), (N, D). t a float below 1, or (N,)."""
     rest = 1 - (t[:, None] if torch.is_tensor(t) else t)
     return (x_1_hat - x_t) / rest
 
@@ -116,12 +119,11 @@ def relaxed_step(dx, x, a, b, x_0, weight):
     return (1 - b) * x_0 + b * m
 
 
-def time_grid(n, t_end, shift=1.0):
-    """n + 1 times from 0 to t_end: uniform, or with shift > 1 denser towards the end.
-
-    u = i / n is mapped to shift u / (1 + (shift - 1) u), then scaled by t_end.
-    """
-    return [t_end * (shift * i / (n - i + shift * i)) for i in range(n + 1)] if n else [0.0]
+def time_grid(n, t_begin, t_end):
+    """0, where the trunk is asked, and n times evenly from t_begin to t_end. t_begin = 0: all evenly."""
+    if not t_begin:
+        return [t_end * (i / n) for i in range(n + 1)] if n else [0.0]
+    return [0.0] + [t_end - (t_end - t_begin) * (i / max(1, n - 1)) for i in reversed(range(n))]
 
 
 def last_time(steps):
@@ -169,8 +171,8 @@ def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
 def algorithm_1(f, x_0, times, step=euler_step):
     """Algorithm 1 of the paper, for N tokens at once: logits (N, V_size) of the last of T evaluations.
 
-    f: a Denoiser. x_0 (N, D) ~ N(0, sigma^2 I). times: 0 = t_1 < ... < t_T; T = 1 is plain decoding. step: the
-    solver; one with two evaluations asks for a second between two times. Training with --unroll runs this, too.
+    f: a Denoiser. x_0 (N, D) ~ N(0, sigma^2 I). times: 0 = t_1 < ... < t_T; T = 1 is plain decoding. step:
+    the solver, which may ask for a second evaluation between two times. Training with --unroll runs this.
     """
     def dx(x_t, t):
         x_1_hat = f.x_1_hat(x_t, t)                           # V_y of the guess y, given x_t and c
@@ -188,30 +190,33 @@ class Sampler:
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
     solver: Literal["euler", "midpoint", "heun", "relaxed", "adaptive"] = "euler"  # adaptive: at most `steps`
     t_end: float = 0.0              # time of the last evaluation; 0 = last_time(steps); the paper has 1
-    shift: float = 1.0              # time grid: 1 uniform, above 1 denser towards t_end
+    t_begin: float = 0.0            # time of the first path call; 0 = as far from 0 as the others lie apart
     weight: float = 0.6             # relaxed: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # a token is done when its guess stays, with a probability above this; 0 = off
-    guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, of a sampled one, mean
+    stop: float = 0.0               # a token is done when its guess stays, more probable than this; 0 = off
+    guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
-    guide_last: bool = False        # guide the logits of the last evaluation, too; the paper guides x_1_hat alone
+    guide_last: bool = False        # guide the last logits, too; the paper guides x_1_hat alone
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
 
     def __post_init__(self):
-        at_least(self, steps=1, t_end=0, stop=0, temperature=0, top_k=0)
-        require(self.t_end <= 1 and self.stop < 1, f"t_end={self.t_end} must be at most 1, stop={self.stop} below 1")
-        require(min(self.shift, self.tol) > 0, f"shift={self.shift} and tol={self.tol} must be above 0")
+        at_least(self, steps=1, t_begin=0, t_end=0, stop=0, temperature=0, top_k=0)
+        require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
+        require(not self.t_begin or self.t_begin <= self.t_end,
+                f"t_begin={self.t_begin} needs a later t_end, not {self.t_end}")
+        require(self.stop < 1, f"stop={self.stop}, but it must be below 1")
+        require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
         require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
 
     def plan(self, x_0):
         """The times and the step of Algorithm 1 that spend `steps` evaluations."""
         cost = 2 if self.solver in ("midpoint", "heun") else 1
         n, odd = divmod(self.steps - 1, cost)
-        times = time_grid(n + odd, self.t_end or last_time(self.steps), self.shift)
+        times = time_grid(n + odd, self.t_begin, self.t_end or last_time(self.steps))
         step = {"midpoint": midpoint_step, "heun": heun_step,
                 "relaxed": partial(relaxed_step, x_0=x_0, weight=self.weight)}.get(self.solver, euler_step)
-        if odd:                                               # the first interval by Euler, with one evaluation
+        if odd:                                               # the first interval by Euler: one evaluation
             return times, lambda dx, x, a, b: (step if a else euler_step)(dx, x, a, b)
         return times, step
 
@@ -243,7 +248,7 @@ def probability(logits, token):
 
 
 class Tables(dict):
-    """What stays from token to token: V (V_size, D); and for each time t the path's condition, of every label."""
+    """What stays from token to token: V (V_size, D), and for each time the path's condition of each label."""
     def __init__(self, model):
         self.path, self.V = model.path, model.embed(slice(None))
 
@@ -254,17 +259,18 @@ class Tables(dict):
 
 
 class Denoiser:
-    """What Algorithm 1 asks of the pair at N positions: logits(x_t, t), and x_1_hat(x_t, t), the guess they make.
+    """What Algorithm 1 asks of the pair at N positions: logits(x_t, t), and the guess x_1_hat(x_t, t).
 
-    The first evaluation, at t = 0, is the trunk's head: no path call. The others are counted, in nfe (N,), and
-    leave out the positions that have stopped. last (N, V_size) and guess (N,): those of the last evaluation.
+    The first evaluation, at t = 0, is the trunk's head: no path call. The others are counted in nfe (N,), and
+    leave out the positions that have stopped. last (N, V_size) and guess (N,): of the last evaluation.
 
-    c: the Context of the positions. label: guidance labels (N,), or one number for all. u (N, steps + 1): uniform
-    numbers for sampled guesses. last: the trunk's logits, if known. trace: keep a list of (t, guess, probability)
-    of the evaluations of each position, in trace.
+    c: the Context of the positions. label: guidance labels (N,), or one number for all. u (N, steps + 1):
+    uniform numbers for sampled guesses. last: the trunk's logits, if known. trace: keep, for each position, a
+    list of (t, guess, probability) of its evaluations.
     """
     def __init__(self, model, sampler, tables, c, label, u=None, last=None, trace=False):
-        self.model, self.sampler, self.tables, self.c, self.label, self.u = model, sampler, tables, c, label, u
+        self.model, self.sampler, self.tables = model, sampler, tables
+        self.c, self.label, self.u = c, label, u
         self.nfe = torch.zeros_like(c.pos)
         self.running = torch.ones_like(c.pos, dtype=torch.bool)
         self.trace = [[] for _ in c.pos] if trace else None
@@ -282,8 +288,8 @@ class Denoiser:
         return self.last
 
     def x_1_hat(self, x_t, t, where=None):
-        """The guess at (x_t, t), (N, D): V_y of one token y, or the mean over all. With guidance w, Eq. 7 (deviation
-        8): w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls."""
+        """The guess at (x_t, t), (N, D): V_y of one token y, or the mean over all. With guidance w, Eq. 7
+        (deviation 8): w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls."""
         i, w = self.evaluate(x_t, t, where), self.sampler.guidance
         x_1_hat = self.embed(self.last, self.guess)
         if w != 1 and i is not None:
@@ -292,8 +298,8 @@ class Denoiser:
         return x_1_hat
 
     def evaluate(self, x_t, t, where=None):
-        """Evaluate at t, a float or (N,), the positions where (N,) bool (or all) that have not stopped. Returns their
-        index, or None for none."""
+        """Evaluate at t, a float or (N,), the positions that have not stopped; of these only where (N,) bool.
+        Returns their index, or None for none."""
         if not torch.is_tensor(t) and t == 0:                 # the trunk's, known from the start
             return None
         i = slice(None)
@@ -329,7 +335,9 @@ class Denoiser:
 
     def best(self, logits, i=slice(None)):
         """The guess (n,) at the positions i: the most probable token, or a sampled one."""
-        return choose(logits, self.u[i, self.n_evaluations]) if self.sampler.guess == "sample" else logits.argmax(-1)
+        if self.sampler.guess == "sample":
+            return choose(logits, self.u[i, self.n_evaluations])
+        return logits.argmax(-1)
 
     def embed(self, logits, guess):
         """x_1_hat (n, D); in float32 also under autocast."""
@@ -347,7 +355,7 @@ class Denoiser:
 
 @torch.no_grad()
 def teacher_forced(model, idx, at, sampler, generator, label=None):
-    """Algorithm 1 at every position given its true context, all at once: sharper than comparing generated texts.
+    """Algorithm 1 at every position given its true context, all at once: sharper than comparing texts.
 
     idx (B, T); at = (rows, columns), each (N,); label (B,) or None; generator draws the noise. Returns logits
     (N, V_size) and path calls (N,).

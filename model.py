@@ -44,8 +44,7 @@ class GPTConfig:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
             raise UserError(f"error: every size of the trunk must be at least 1, not {self}")
         if self.n_embd % self.n_head:
-            raise UserError(f"error: n_embd={self.n_embd} is not divisible by n_head={self.n_head}, but each head "
-                            "takes n_embd / n_head channels")
+            raise UserError(f"error: n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
 
 
 GPT2_SIZES = {
@@ -158,7 +157,7 @@ class GPT(nn.Module):
         """Matrices and embeddings N(0, 0.02^2); c_proj N(0, 0.02^2 / 2L); biases 0; norms 1."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                n_added = 2 * self.config.n_layer if "c_proj" in name else 1   # what the residual stream sums up
+                n_added = 2 * self.config.n_layer if "c_proj" in name else 1  # terms in the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(n_added))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)

@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,7 @@ from tasks import SEED, TASKS, Problem, check_gold, rows
 from tokens import ENDOFTEXT, encode_text, fingerprint, load_tokenizer
 
 MAX_TOKENS = 1024                    # GPT-2's positions
-TRAINING = ("train", "mix")          # splits that are trained on: what is longer is refused or left out
+TRAINING = ("train", "val", "mix", "mix_val")        # training reads these: what is longer cannot stay
 
 
 # ---------------------------------------------------------------------------------- writing
@@ -60,7 +61,9 @@ def encode_split(encoding, split, problems, label_names, drop_long):
         if split in TRAINING and not drop_long:
             raise UserError(f"error: {message}; shorten them, or leave them out with --drop_long")
         print(f"note: {message}; " + ("left out" if split in TRAINING else "kept, and can only be wrong"))
-    lengths = np.array(lengths).reshape(-1, 2)
+    if not kept:
+        raise UserError(f"error: no problem of {split} has at most {MAX_TOKENS} tokens")
+    lengths = np.array(lengths)
     arrays = dict(tokens=np.array(tokens, dtype=np.uint16), mask=np.array(mask, dtype=bool),
                   offsets=np.concatenate([[0], lengths.sum(1).cumsum()]).astype(np.int64),
                   labels=np.array([label_names.index(p.label) for p in kept], dtype=np.uint8))
@@ -73,10 +76,10 @@ def json_row(problem):
     return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
-def prepare(name, options):
-    """Makes the data of a task and prints what it made. What was there stays until the new data is whole."""
-    task, out_dir = TASKS[name], Path(os.path.expanduser(options.out_dir or f"data/{name}"))
-    splits, sources = task.load(options, out_dir / "source")
+def make(name, options, folder):
+    """Writes the data of a task to a folder, and returns what to say about it, a string."""
+    task = TASKS[name]
+    splits, sources = task.load(options, folder.parent / "source")
     if subset := getattr(options, "subset", 0):
         n = len(splits.get("train", []))
         if not 1 <= subset <= n:
@@ -86,36 +89,47 @@ def prepare(name, options):
     if len(label_names) > 255:
         raise UserError(f"error: {len(label_names)} different labels; there may be 255")
     encoding = load_tokenizer(task.tokenizer if options.tokenizer == "auto" else options.tokenizer)
-    encoded = {k: encode_split(encoding, k, v, label_names, options.drop_long) for k, v in splits.items()}
-    totals = [lengths.sum(1) for _, lengths, _ in encoded.values()]
-    longest = max(total[total <= MAX_TOKENS].max(initial=0) for total in totals)
+    report, counts, longest = [f"{name}: tokenizer {encoding.name} with {encoding.n_vocab} tokens"], {}, 0
+    for split, problems in splits.items():
+        arrays, lengths, kept = encode_split(encoding, split, problems, label_names, options.drop_long)
+        write_file(folder / f"{split}.npz", lambda f: np.savez(f, **arrays))
+        write_file(folder / f"{split}.jsonl", lambda f: f.writelines(map(json_row, kept)))
+        (prompt, answer), (prompt_max, answer_max) = lengths.mean(0), lengths.max(0)
+        report.append(f"  {split:8} {len(kept):6,} problems; tokens of prompt: mean {prompt:.1f}, max "
+                      f"{prompt_max}; of answer: mean {answer:.1f}, max {answer_max}")
+        counts[split] = len(kept)
+        longest = max(longest, *(n for n in lengths.sum(1).tolist() if n <= MAX_TOKENS), 0)
     manifest = dict(task=name, tokenizer=encoding.name, fingerprint=fingerprint(encoding),
                     n_vocab=encoding.n_vocab, eot=encoding.eot_token, prompt=task.prompt, shots=task.shots,
                     strip_annotations=getattr(options, "strip_annotations", False), sources=sources,
-                    seed=getattr(options, "seed", SEED), max_tokens=int(longest),
-                    counts={split: len(kept) for split, (_, _, kept) in encoded.items()},
+                    seed=getattr(options, "seed", SEED), counts=counts, max_tokens=longest,
                     n_labels=len(label_names), label_names=label_names)
-    report = [f"{name}: tokenizer {encoding.name} with {encoding.n_vocab} tokens"]
-    new = out_dir / f".new.{os.getpid()}"                    # whole beside the old, then renamed
+    write_file(folder / "manifest.json", lambda f: f.write((json.dumps(manifest, indent=2) + "\n").encode()))
+    example = next(iter(splits.values()))[0]
+    text = "\n" + example.prompt + example.answer + ENDOFTEXT
+    return "\n".join([*report, "for example:"]) + text.replace("\n", "\n    ")
+
+
+def prepare(name, options):
+    """Makes the data of a task and prints what it made. What was there stays until the new data is whole."""
+    out_dir = Path(os.path.expanduser(options.out_dir or f"data/{name}"))
+    new, made = out_dir / f".new.{os.getpid()}", not out_dir.exists()
     try:
-        for split, (arrays, lengths, kept) in encoded.items():
-            write_file(new / f"{split}.npz", lambda f, arrays=arrays: np.savez(f, **arrays))
-            write_file(new / f"{split}.jsonl", lambda f, kept=kept: f.writelines(map(json_row, kept)))
-            (prompt, answer), (prompt_max, answer_max) = lengths.mean(0), lengths.max(0)
-            report.append(f"  {split:8} {len(lengths):6,} problems; tokens of prompt: mean {prompt:.1f}, "
-                          f"max {prompt_max}; of answer: mean {answer:.1f}, max {answer_max}")
-        write_file(new / "manifest.json", lambda f: f.write((json.dumps(manifest, indent=2) + "\n").encode()))
+        new.mkdir(parents=True, exist_ok=True)               # before the work: may we write here?
+        report = make(name, options, new)
         (out_dir / "manifest.json").unlink(missing_ok=True)  # from here on it is the new data or none
         for path in sorted(new.iterdir(), key=lambda path: path.name == "manifest.json"):
             os.replace(path, out_dir / path.name)
+    except BrokenPipeError:
+        raise
     except OSError as e:
         raise UserError(f"error: cannot write {e.filename or out_dir}: {e.strerror}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    example = next(iter(splits.values()))[0]
-    text = example.prompt + example.answer + ENDOFTEXT
-    print("\n".join([*report, "for example:"]) + ("\n" + text).replace("\n", "\n    "))
-    print(f"written to {out_dir}")
+        if made:
+            with suppress(OSError):
+                out_dir.rmdir()                              # if nothing has come into it
+    print(f"{report}\nwritten to {out_dir}")
 
 
 # ---------------------------------------------------------------------------------- reading
@@ -187,8 +201,8 @@ def batch_of(data, ids, device):
     """
     The examples ids of a Split as one right-padded batch: idx, at, y, label.
 
-    idx (B, T) tokens; at = (rows, columns), each (N,): the positions whose next token is a target; y (N,) those
-    targets; label (B,).
+    idx (B, T) tokens; at = (rows, columns), each (N,): the positions whose next token is a target; y (N,)
+    those targets; label (B,).
     """
     import torch  # here: it takes long to load, and preparing does without
 
@@ -208,10 +222,9 @@ def batches_of_epoch(lengths, batch_size, n_micro, seed):
     """
     The example ids of one epoch, (steps, n_micro, batch_size / n_micro): of each step, for all ranks.
 
-    Shuffled, then sorted by length within chunks of 50 batches and cut into micro-batches, so that one holds
-    similar lengths and little padding; a step takes its micro-batches at random, so that with several of
-    them it sees several lengths (with one it sees one: the loss then swings from step to step). The rest
-    that fills no batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
+    Shuffled, then sorted by length within chunks of 50 batches, and cut: the examples of a step are of similar
+    length, so that there is little padding and no rank waits long for another. The rest that fills no batch
+    waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
@@ -220,8 +233,7 @@ def batches_of_epoch(lengths, batch_size, n_micro, seed):
     order = order[:len(order) // batch_size * batch_size]
     chunks = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
     order = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
-    micro_batches = rng.permutation(order.reshape(-1, batch_size // n_micro))
-    return micro_batches.reshape(-1, n_micro, batch_size // n_micro)
+    return rng.permutation(order.reshape(-1, batch_size)).reshape(-1, n_micro, batch_size // n_micro)
 
 
 # ---------------------------------------------------------------------------------- the command line

@@ -10,14 +10,14 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from tokens import encode_question
-
 from checkpoint import load
 from configurator import UserError, at_least, configure, run
 from decode import Decoding, generate
 from packed import pack
+from tokens import encode_question
 
-QUESTION = "Jack buys 5 trays of 10 lemons each. He throws 45 lemons away. How many lemons does Jack have now?"
+QUESTION = ("Jack buys 5 trays of 10 lemons each. He throws 45 lemons away. "
+            "How many lemons does Jack have now?")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Config(Decoding):
     num_samples: int = 1
     trace: bool = False             # show how each token's guess changes over the steps
     # machine
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: float32 on a CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
 
 
 def check(config, model, checkpoint):
@@ -39,8 +39,8 @@ def check(config, model, checkpoint):
     not."""
     names, out_dir = checkpoint["data"]["label_names"], config.out_dir
     if model.path is None and config.steps > 1:
-        raise UserError(f"error: {out_dir} holds a trunk without a path, which has only --steps=1, not {config.steps}; "
-                        f"train a path on it: python train.py --trunk={out_dir}/best.pt "
+        raise UserError(f"error: {out_dir} holds a trunk without a path, which has only --steps=1, not "
+                        f"{config.steps}; train a path on it: python train.py --trunk={out_dir}/best.pt "
                         f"--data_dir={checkpoint['config']['data_dir']} --out_dir=out/l2d")
     if config.label and (model.path is None or config.label not in names):
         known = ", ".join(names) if model.path else "none, for want of a path"
@@ -48,8 +48,8 @@ def check(config, model, checkpoint):
     if config.guidance != 1 and not config.label:
         raise UserError(f"error: guidance={config.guidance} needs a --label: one of {', '.join(names)}")
     if config.guidance != 1 and config.steps <= 2 - config.guide_last:
-        raise UserError(f"error: guidance={config.guidance} acts through x_t, which needs --steps=3 or more, not "
-                        f"{config.steps}: the last call is read with the label alone")
+        raise UserError(f"error: guidance={config.guidance} acts through x_t, needs --steps=3 or more, not "
+                        f"{config.steps}: the last is read with the label alone; or add --guide_last")
     return names.index(config.label) if config.label else model.no_label
 
 
@@ -91,8 +91,8 @@ def main(argv=None):
     label = check(config, model, checkpoint)
     prompt = encode_question(encoding, checkpoint["data"]["prompt"], config.prompt)
     if len(prompt) > model.trunk.config.block_size:
-        raise UserError(f"error: the prompt has {len(prompt)} tokens, but the model {model.trunk.config.block_size} "
-                        "positions; shorten it")
+        raise UserError(f"error: the prompt has {len(prompt)} tokens, but the model only "
+                        f"{model.trunk.config.block_size} positions; shorten it")
     pack(model)
     start, n_rows = time.time(), config.num_samples
     prompts, labels = [prompt] * n_rows, [label] * n_rows

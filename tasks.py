@@ -128,7 +128,7 @@ def boxed(text):
 
 
 SPELLINGS = [                        # (pattern, replacement), applied one after the other
-    (r"\\[!,;: ]|~|\\(left|right|displaystyle)(?![a-zA-Z])|\\?[$%]|\^\s*\{?\s*\\(circ|degree)\s*\}?|°", " "),
+    (r"(?<!\\)\\[!,;: ]|~|\\(left|right|displaystyle)(?![a-zA-Z])|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°", " "),
     (r"\{,\}", ","), (r"\\[dtc]frac", r"\\frac"), (r"\\(mbox|text[a-z]*|math(rm|bf))\s*\{", r"\\text{"),
     (r"(?<=[^\s]) *\\text\{[^{}]*\}(\^\{?\d\}?)?[ .]*$", ""),           # a unit, such as \text{ cm}^2
     (r"(?<=\d) +[a-z]{2,}( [a-z]+)*[ .]*$", ""),                        # a unit without \text
@@ -179,7 +179,7 @@ def vote(problem, outputs, run_code=False):
     chosen, loose = majority(strict), majority(flexible)
     first = strict.index(chosen)
     if problem.test:
-        allow_code([problem], run_code)
+        assert run_code, "allow_code comes first"
         compiled, passed, _ = sandbox.run(chosen)
         return outputs[first], Score(passed, passed, compiled)
     want = task.read(problem, problem.answer)[0]
@@ -199,11 +199,18 @@ def pass_at_k(n, right, k):
 
 
 def allow_code(problems, run_code):
-    """Raises UserError if problems need code of the model's to be run, which the user has not allowed."""
+    """Raises UserError if problems need the model's code to be run, and it may not or cannot be."""
     needs = next((p for p in problems if p.test), None)
     if needs and not run_code:
         raise UserError(f"error: {needs.task} is scored by running the code that the model writes, in a "
                         "process with limits; allow it with --run_code")
+    if needs:
+        _, passed, lacks = sandbox.run("import collections, heapq, math, re, typing")
+        if not passed:
+            raise UserError("error: no Python runs in the sandbox here; run as an ordinary user, not as "
+                            "root, with a Python that everybody may read")
+        if lacks:
+            print(f"note: the sandbox of the model's code lacks here: {', '.join(lacks)}")
 
 
 def check_gold(problem):
@@ -275,7 +282,7 @@ def generated(name, style=None):
 def worked(name, question, answer, label, where, options):
     """The Problem of a question and an answer as GSM8K writes them."""
     answer = re.sub("<<.*?>>", "", answer) if options.strip_annotations else answer
-    return Problem(PROMPT.format(question), f" {answer}", name, label, where=where)
+    return Problem(PROMPT.format(question.strip()), f" {answer.strip()}", name, label, where=where)
 
 
 def step_names(n):
@@ -308,12 +315,13 @@ def rows(path):
             yield row, where
 
 
-def text(row, key, where, *others):
-    """The text under a key of a row. Raises UserError if there is none."""
-    if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
-        expected = ", ".join(f'"{k}": "..."' for k in (key, *others))
-        raise UserError(f'error: {where} has no text "{key}"; expected {{{expected}}}')
-    return row[key]
+def texts(row, where, *keys):
+    """The texts under the keys of a row. Raises UserError if one is not there."""
+    for key in keys:
+        if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
+            expected = ", ".join(f'"{k}": "..."' for k in keys)
+            raise UserError(f'error: {where} has no text "{key}"; expected {{{expected}}}')
+    return [row[key].replace("\r\n", "\n") for key in keys]
 
 
 def obtain(options, folder, sources, file, url="", size=None, sha256=None, lone=False):
@@ -370,33 +378,33 @@ def hold_out(splits, n):
 
 
 def gsm8k(row, where, options):
-    answer = text(row, "answer", where).strip()
-    question = text(row, "question", where, "answer").strip()
-    return "", worked("gsm8k", question, answer, steps(answer, 8), where, options)
+    question, answer = texts(row, where, "question", "answer")
+    return "", worked("gsm8k", question, answer, steps(answer.strip(), 8), where, options)
 
 
 def jsonl(row, where, options):
-    question, answer = text(row, "question", where, "answer").strip(), text(row, "answer", where).strip()
-    label = text(row, "label", where).strip() if "label" in row else "all"
+    question, answer = texts(row, where, "question", "answer")
+    label = texts(row, where, "label")[0].strip() if "label" in row else "all"
     return "", worked("jsonl", question, answer, label, where, options)
 
 
 def competition(row, where, options):                        # MATH
-    question, solution = text(row, "problem", where, "solution").strip(), text(row, "solution", where).strip()
-    subject = row.get("subject") or row.get("type") or ""
-    if "answer" in row and normalise(text(row, "answer", where)) != normalise(boxed(solution) or ""):
+    question, solution = texts(row, where, "problem", "solution")
+    if "answer" in row and normalise(*texts(row, where, "answer")) != normalise(boxed(solution) or ""):
         raise UserError(f"error: {where}: the solution does not box its answer {row['answer']!r}")
-    return "", Problem(PROMPT.format(question), f" {solution}", "math", "math", subject, where=where)
+    problem = worked("math", question, solution, "math", where, options)
+    return "", problem._replace(subject=str(row.get("subject") or row.get("type") or ""))
 
 
 def humaneval(row, where, options):
-    test = f"{text(row, 'test', where)}\ncheck({text(row, 'entry_point', where)})"
-    answer = text(row, "canonical_solution", where).rstrip()
-    return "", Problem(text(row, "prompt", where), answer, "humaneval", "code", test=test, where=where)
+    keys = ("prompt", "canonical_solution", "test", "entry_point")
+    prompt, answer, test, name = texts(row, where, *keys)
+    test = f"{test}\ncheck({name})"
+    return "", Problem(prompt, answer.rstrip(), "humaneval", "code", test=test, where=where)
 
 
 def mbpp(row, where, options):
-    question, code = (text(row, key, where).replace("\r", "").strip() for key in ("text", "code"))
+    question, code = (text.strip() for text in texts(row, where, "text", "code"))
     tests, number = row.get("test_list"), row.get("task_id")
     if type(number) is not int or not isinstance(tests, list) or not all(isinstance(t, str) for t in tests):
         raise UserError(f"error: {where} needs a list of texts test_list and a number task_id")
@@ -407,21 +415,22 @@ def mbpp(row, where, options):
 
 
 def multiple_choice(name, question, options, letter, subject, where):
+    letter = letter.strip()
     if not 2 <= len(options) <= len(LETTERS) or letter not in list(LETTERS[:len(options)]):
         raise UserError(f"error: {where} has {len(options)} options and the answer {letter!r}; expected 2 to "
                         f"{len(LETTERS)} options and the letter of one")
-    lines = [question, *(f"{c}. {option}" for c, option in zip(LETTERS, options))]
+    lines = [question.strip(), *(f"{c}. {option}" for c, option in zip(LETTERS, options))]
     choices = tuple(f" {c}" for c in LETTERS[:len(options)])
     prompt = PROMPT.format("\n".join(lines))
     return Problem(prompt, f" {letter}", name, "knowledge", subject, choices, where=where)
 
 
 def mmlu_pro(row, where, options):
-    question, letter = text(row, "question", where).strip(), text(row, "answer", where).strip()
+    question, letter, subject = texts(row, where, "question", "answer", "category")
     given = row.get("options")
     if not isinstance(given, list) or not all(isinstance(option, str) for option in given):
         raise UserError(f"error: {where} has no list of texts options")
-    return "", multiple_choice("mmlu_pro", question, given, letter, text(row, "category", where), where)
+    return "", multiple_choice("mmlu_pro", question, given, letter, subject, where)
 
 
 def load_mmlu(options, folder):
@@ -445,7 +454,7 @@ def load_mmlu(options, folder):
                 for question, *given, letter in reader:
                     where, subject = f"{name} line {reader.line_num}", found[2].replace("_", " ")
                     splits.setdefault(found[1], []).append(
-                        multiple_choice("mmlu", question.strip(), given, letter.strip(), subject, where))
+                        multiple_choice("mmlu", question, given, letter, subject, where))
             except (csv.Error, ValueError) as e:             # a row of one cell, bytes that are no text
                 raise UserError(f"error: {name} is not a table of MMLU: {e}") from None
     if "test" not in splits:
@@ -459,10 +468,11 @@ def load_mix(options, folder):
     parts, sources = {"train": [], "val": []}, {}
     for name, joined in dict(gsm8k=["train"], math=["train"], mbpp=["train"], mmlu=["dev", "val"]).items():
         if name == "math" and not options.math:
-            print("note: MATH's training split is not in the mix; --math=DIR is a folder with train.jsonl")
+            print("note: the mix is without MATH; --math=DIR is a folder with its train.jsonl")
             continue
         task = TASKS[name]
-        splits, found = task.load(task.options(source=getattr(options, name)), folder.parents[1] / name / "source")
+        splits, found = task.load(task.options(source=getattr(options, name)),
+                                  folder.parents[1] / name / "source")
         sources |= {f"{name}/{file}": sha256 for file, sha256 in found.items()}
         own = {"train": sum((splits.get(split, []) for split in joined), []), "val": splits.get("val", [])}
         if "val" in joined:          # validated on what is not trained on

@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import re
+from functools import cache
 from pathlib import Path
 
 import tiktoken
@@ -35,6 +36,7 @@ def load_tokenizer(name):
     return tiktoken.get_encoding("gpt2")
 
 
+@cache
 def arithmetic_tokenizer():
     """
     A tiny Encoding for the arithmetic task: 256 bytes, the numbers 0 to 99 with and without a leading space,
