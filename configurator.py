@@ -38,9 +38,9 @@ class UserError(SystemExit):
 
 def run(main):
     """
-    Run a script's main, and end as a program should: a closed pipe (`| head`) quietly, Ctrl-C and SIGTERM with
-    one line and status 130 and 143, a full disk or an unreadable file with a line that names it. What the
-    terminal cannot encode is replaced.
+    Run a script's main, and end as a program should: a closed pipe quietly, Ctrl-C and SIGTERM with
+    one line and status 130 and 143, a full disk or an unreadable file with a line that names it. What
+    the terminal cannot encode is replaced.
     """
     def terminate(number, frame):
         raise KeyboardInterrupt(number)

@@ -14,12 +14,12 @@ from configurator import UserError
 
 
 def pick_device(want):
-    """The torch.device of --device (auto, cpu, cuda), under torchrun this rank's own GPU. auto: CUDA where it is; a
-    Mac works on its CPU. Raises UserError where there is no CUDA to use."""
+    """The torch.device of --device, under torchrun this rank's own GPU. auto: CUDA where it is; a Mac works on its
+    CPU. Raises UserError where there is no CUDA to use."""
     if want == "cpu" or want == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("error: --device=cuda, but this machine or this build of torch has no CUDA; use --device=cpu")
+        raise UserError("error: --device=cuda, but this machine, or its torch, has no CUDA; use --device=cpu")
     local, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= n:
         raise UserError(f"error: rank {local} of this host has no GPU of its own, there are {n}; use "
