@@ -2,15 +2,15 @@
 Many runs of evaluate.py over training seeds, as tables and one figure. Run it where out/ is:
 
     export PYTHONPATH=.
-    python experiments/results.py                # out/*/eval/test_*.json -> experiments/results_test.json, tables
+    python experiments/results.py            # out/*/eval/test_*.json -> experiments/results_test.json, tables
     python experiments/results.py --split=val
     python experiments/results.py --draw=experiments/results_test.json --show=demo_l2d --lines=demo_lora
 
-A group is one condition over its training seeds: out/demo_l2d, out/demo_l2d_s1, out/demo_l2d_s2 are seeds 0, 1, 2
-of demo_l2d; what evaluate.py was told beside its defaults follows, as in demo_l2d:temperature=1.0. Means and
-standard deviations (n - 1) are over seeds. McNemar's test has one pair for each problem: gained where more seeds
-are right than at the T compared with, lost where fewer are. The seeds share problems, and at T = 1 a trunk, so
-that counting each seed's pairs by themselves would count the same evidence several times.
+A group is one condition over its training seeds: out/demo_l2d, out/demo_l2d_s1, out/demo_l2d_s2 are seeds
+0, 1, 2 of demo_l2d; what evaluate.py was told beside its defaults follows, as in demo_l2d:temperature=1.0.
+Means and standard deviations (n - 1) are over seeds. McNemar's test has one pair for each problem: gained where more
+seeds are right than at the T compared with, lost where fewer are. The seeds share problems, and at T = 1 a
+trunk, so that counting each seed's pairs by themselves would count the same evidence several times.
 """
 import glob
 import json
@@ -27,8 +27,8 @@ from files import write_file
 from report import mcnemar, pyplot, read_results, wilson
 
 DEFAULTS = {f.name: f.default for f in fields(evaluate.Config)}
-NOT_A_CONDITION = {"steps", "batch_size", "draft", "out_dir", "mistakes", "show_change", "plot", "controls", "device",
-                   "dtype", "max_new_tokens", "split", "checkpoint", "seed", "run_code"}
+NOT_A_CONDITION = {"steps", "batch_size", "draft", "out_dir", "mistakes", "show_change", "plot", "controls",
+                   "device", "dtype", "max_new_tokens", "split", "checkpoint", "seed", "run_code"}
 NUMBERS = ["strict", "flexible", "nfe", "token_accuracy", "nll", "tokens", "cut", "well_formed"]
 RECORDED = ["path", "command", "commit", "torch", "machine", "weights_sha256"]
 
@@ -41,40 +41,41 @@ class Config:
     draw: str = ""                  # JSON file to read
     show: str = ""                  # groups, separated by commas: accuracy against steps
     lines: str = ""                 # groups whose T = 1 is a line: controls
-    names: str = ""                 # what to call them in the figure, separated by commas, first those of show
+    names: str = ""                 # what to call them in the figure, with commas, first those of show
     png: str = "experiments/results.png"    # figure to write
 
     def __post_init__(self):
         if bool(self.draw) != bool(self.show or self.lines):
-            raise UserError(f"error: draw={self.draw!r}, show={self.show!r}, lines={self.lines!r}, but a figure needs "
-                            "both data and groups: --draw=experiments/results_test.json --show=GROUP,GROUP")
+            raise UserError(f"error: draw={self.draw!r}, show={self.show!r}, lines={self.lines!r}, but a "
+                            "figure needs data and groups: --draw=experiments/results_test.json --show=GROUP,GROUP")
 
 
 # --------------------------------------------------------------------------------------------- reading
 def read_runs(split):
-    """{group: {training seed: run}}; a run is what evaluate.py wrote, its path, its settings beside the defaults."""
+    """{group: {training seed: run}}; a run is what evaluate.py wrote, its path, its settings."""
     groups = {}
     for path in sorted(glob.glob(f"out/*/eval/{split}_*.json")):
         if not re.fullmatch(re.escape(split) + r"(_first\d+)?_[0-9a-f]{8}", Path(path).stem):
             continue                                                     # of a split whose name goes on
         evaluation = read_results(path)
         if not evaluation["rows"]:
-            raise UserError(f"error: {path} is damaged or of another version of evaluate.py; move it away, or "
-                            "evaluate again")
+            raise UserError(f"error: {path} is damaged or of another version of evaluate.py; move it away, "
+                            "or evaluate again")
         settings = {name: value for name, value in sorted(evaluation["config"].items())
                     if name not in NOT_A_CONDITION and value != DEFAULTS.get(name)}
         base, seed = re.fullmatch(r"(.*?)(?:_s(\d+))?", Path(path).parts[1]).groups()
         seeds = groups.setdefault(":".join([base, *(f"{k}={v}" for k, v in settings.items())]), {})
         if other := seeds.get(int(seed or 0)):
-            raise UserError(f"error: {other['path']} and {path} are the same condition and training seed (other "
-                            "weights, device, dtype, checkpoint, seed or max_new_tokens make no group of their "
-                            "own); move one of them away")
-        seeds[int(seed or 0)] = evaluation | {"path": path, "settings": settings, "n": evaluation["rows"][0]["n"]}
+            raise UserError(f"error: {other['path']} and {path} are the same condition and training seed "
+                            "(other weights, device, dtype, checkpoint, seed or max_new_tokens make no group "
+                            "of their own); move one of them away")
+        n = evaluation["rows"][0]["n"]
+        seeds[int(seed or 0)] = evaluation | {"path": path, "settings": settings, "n": n}
     for name, seeds in groups.items():
         if len({evaluation["n"] for evaluation in seeds.values()}) > 1:
             counts = ", ".join(f"{evaluation['path']}: {evaluation['n']}" for evaluation in seeds.values())
-            raise UserError(f"error: the runs of {name} answered different numbers of problems: {counts}; evaluate "
-                            "them on the same data")
+            raise UserError(f"error: the runs of {name} answered different numbers of problems: {counts}; "
+                            "evaluate them on the same data")
     if not groups:
         raise UserError(f"error: no evaluation matches out/*/eval/{split}_*.json; run: python evaluate.py "
                         f"--split={split}")
@@ -82,7 +83,7 @@ def read_runs(split):
 
 
 def outcomes(evaluation, row):
-    """How often each of the n problems of a row was right, in order, or None where not all answers are there."""
+    """How often each of a row's n problems was right, in order, or None where not all answers are there."""
     if "answers" not in row:
         return None
     records = read_answers(Path(evaluation["path"]).with_name(row["answers"]))
@@ -98,12 +99,12 @@ def over_seeds(values):
 
 
 def paired(first, second):
-    """Strict exact match of second against first, each {seed: outcomes}, over the seeds in both: problems gained
-    and lost, p; each seed's alone. None where answers are missing."""
+    """Strict exact match of second against first, each {seed: outcomes}, over the seeds in both: problems
+    gained and lost, p; each seed's alone. None where answers are missing."""
     pairs = [(first[seed], second[seed]) for seed in second if seed in first]
     if not pairs or None in sum(pairs, ()):
         return None
-    before, after = ([sum(seed) for seed in zip(*side)] for side in zip(*pairs))    # of each problem, over seeds
+    before, after = ([sum(seed) for seed in zip(*side)] for side in zip(*pairs))    # over seeds
     gained, lost, p = mcnemar(before, after)
     return {"gained": gained, "lost": lost, "p": p, "each": [mcnemar(a, b) for a, b in pairs]}
 
@@ -120,13 +121,13 @@ def summarize(seeds):
     for steps, by_seed in sorted(found.items()):
         each, row = list(by_seed.values()), {"steps": steps, "seeds": list(by_seed)}
         row |= {k: over_seeds([r[k] for r in each]) for k in NUMBERS if all(k in r for r in each)}
-        row["by_kind"] = {kind: {k: over_seeds([r["by_kind"][kind][k] for r in each]) for k in ("accuracy", "nfe")}
-                          for kind in KINDS}
+        row["by_kind"] = {kind: {k: over_seeds([r["by_kind"][kind][k] for r in each])
+                                 for k in ("accuracy", "nfe")} for kind in KINDS}
         for name, other in (("vs_one", 1), ("vs_second", second)):
             if other in found and steps > other and (pairs := paired(right[other], right[steps])):
                 row[name] = {"steps": other} | pairs
         rows.append(row)
-    runs = [{"seed": seed} | {k: evaluation[k] for k in RECORDED} for seed, evaluation in sorted(seeds.items())]
+    runs = [{"seed": seed} | {k: seeds[seed][k] for k in RECORDED} for seed in sorted(seeds)]
     first = next(iter(seeds.values()))                                   # all have the same settings and n
     return {"settings": first["settings"], "n": first["n"], "runs": runs, "rows": rows}
 
@@ -166,25 +167,25 @@ def table(name, group):
 
 
 def read_groups(config):
-    """What --draw names: ({group: rows with exact match}, {group: its name in the figure}, {group: n}, split)."""
+    """What --draw names: {group: rows with exact match}, {group: what to call it}, {group: n}, the split."""
     try:
         data = json.loads(Path(config.draw).read_text())
         if "groups" not in data:
             raise ValueError("it has no groups")
     except (OSError, ValueError) as e:
-        raise UserError(f"error: cannot read {config.draw}: {e}; python experiments/results.py --out={config.draw} "
-                        "writes it") from None
+        raise UserError(f"error: cannot read {config.draw}: {e}; python experiments/results.py "
+                        f"--out={config.draw} writes it") from None
     show, lines = ([name for name in names.split(",") if name] for names in (config.show, config.lines))
     rows = {name: [row for row in data["groups"].get(name, {"rows": []})["rows"] if "strict" in row]
             for name in show + lines}
     for name in rows:
         if not rows[name] or name in lines and rows[name][0]["steps"] != 1:
-            raise UserError(f"error: {config.draw} has no exact match{' at T = 1' * (name in lines)} of a group "
-                            f"{name!r}; its groups: {', '.join(data['groups'])}")
+            raise UserError(f"error: {config.draw} has no exact match{' at T = 1' * (name in lines)} of a "
+                            f"group {name!r}; its groups: {', '.join(data['groups'])}")
     called = dict(zip(rows, config.names.split(",") if config.names else rows))
     if len(called) < len(rows):
-        raise UserError(f"error: names={config.names!r} are {len(called)}, but show and lines are {len(rows)} "
-                        "groups; name them all")
+        raise UserError(f"error: names={config.names!r} are {len(called)}, but show and lines are "
+                        f"{len(rows)} groups; name them all")
     return rows, called, {name: data["groups"][name]["n"] for name in rows}, data["split"]
 
 
