@@ -1,17 +1,19 @@
 """
-Do steps help where a token needs depth? The end of a chain, from a trunk that was taught two links of it; about an hour on two CPU cores.
+Do steps help where a token needs depth? The end of a chain, from a trunk that was taught two links of it; about an
+hour on two CPU cores.
 
     export PYTHONPATH=.
-    python docs/chains.py --method=trunk                    # 14 minutes; then, for the seeds 0, 1, 2:
-    python docs/chains.py --method=unrolled --seed=0        # L2D trained through Algorithm 1 (diffusion.unrolled), 5 minutes
-    python docs/chains.py --method=truth --seed=0           # L2D as in the paper, x_t from the truth
-    python docs/chains.py --method=lora --seed=0            # the controls, as many trained parameters
-    python docs/chains.py --method=full --seed=0
-    python docs/chains.py --method=table                    # prints the table, writes docs/chains.json and docs/chains.png
+    python experiments/chains.py --method=trunk             # 14 minutes; then, for the seeds 0, 1, 2:
+    python experiments/chains.py --method=unrolled --seed=0 # L2D trained through Algorithm 1, 5 minutes
+    python experiments/chains.py --method=truth --seed=0    # L2D as in the paper, x_t from the truth
+    python experiments/chains.py --method=lora --seed=0     # the controls, as many trained parameters
+    python experiments/chains.py --method=full --seed=0
+    python experiments/chains.py --method=table             # prints the table, writes chains.json and chains.png
 
-A sequence shows seven of twenty names, each with the one it leads to ("a b ;"), the last of a chain with itself, in random order; then it asks four
-times for the end of a chain ("? a = c"). The trunk learns chains of up to two links, asked for the next name or the last; the task has up to six.
-Only the name after "=" counts. Nothing is chosen on the test sequences, whose generator has a seed of its own.
+A sequence shows seven of twenty names, each with the one it leads to ("a b ;"), the last of a chain with itself, in
+random order; then it asks four times for the end of a chain ("? a = c"). The trunk learns chains of up to two
+links, asked for the next name or the last; the task has up to six. Only the name after "=" counts. Nothing is
+chosen on the test sequences, whose generator has a seed of its own.
 """
 import json
 import random
@@ -25,16 +27,16 @@ from typing import Literal
 import torch
 
 import diffusion
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 from diffusion import Sampler, teacher_forced
-from evaluate import commit, mcnemar, pyplot
-from model import GPT, GPTConfig, PathConfig, build
+from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
+from report import commit, mcnemar, pyplot
 
 N_NAMES, N_SHOWN, N_ASKED, N_TEST = 20, 7, 4, 1000
 TEST_SEED = 31415                           # what the settings were chosen on had another (docs/LOG.md)
 SEMICOLON, LAST, EQUALS, NEXT, VOCAB = 100, 101, 102, 103, 112
-T_END, SHIFT, MOST_CALLS = 0.9, 3.0, 31     # the grid of the unrolled path, in training and after, and its calls in training
-UNROLLED = dict(guess="mean", t_end=T_END, shift=SHIFT)     # how it is sampled
+T_BEGIN, T_END, MOST_CALLS = 0.5, 0.9, 31     # the grid of the unrolled path, in training and after, and its calls in training
+UNROLLED = dict(guess="mean", t_begin=T_BEGIN, t_end=T_END)     # how it is sampled
 METHODS = {"unrolled": "L2D, trained through Algorithm 1", "truth": "L2D, x_t from the truth", "lora": "LoRA on the trunk", "full": "full finetuning"}
 OUT = Path("out/chains")
 
@@ -73,16 +75,21 @@ def batch(rng, n, most_links=6, next_too=False):
 
 
 def make_model(method):
-    if method == "trunk":
-        return build(GPT(GPTConfig(96, VOCAB, n_layer=3, n_head=4, n_embd=128)))
-    if not (OUT / "trunk.pt").exists():
-        raise UserError(f"error: no {OUT / 'trunk.pt'}; make it first: python docs/chains.py --method=trunk")
     trunk = GPT(GPTConfig(96, VOCAB, n_layer=3, n_head=4, n_embd=128))
+    model = L2D(trunk)                                      # freezes the trunk
+    if method == "trunk":
+        trunk.requires_grad_(True)
+        return model
+    if not (OUT / "trunk.pt").exists():
+        raise UserError(f"error: no {OUT / 'trunk.pt'}; make it first: python experiments/chains.py --method=trunk")
     trunk.load_state_dict(torch.load(OUT / "trunk.pt", weights_only=True))
     trunk.requires_grad_(method == "full")
-    if method in ("lora", "full"):
-        return build(trunk, None, (112, 112.0) if method == "lora" else None)
-    return build(trunk, PathConfig(x_dim=64, t_dim=64, sigma=1.0 if method == "unrolled" else 4.0))
+    if method == "lora":
+        trunk.add_lora(112, 112.0)
+    if method in ("unrolled", "truth"):
+        path_config = PathConfig(x_dim=64, t_dim=64, sigma=1.0 if method == "unrolled" else 4.0)
+        model = L2D(trunk, DiffusionPath(trunk, path_config, n_labels=1))
+    return model
 
 
 def train(config, model):
@@ -97,12 +104,13 @@ def train(config, model):
         for group in optimizer.param_groups:
             group["lr"] = (5e-4 if config.method == "full" else 1e-3) * min(1, (step + 1) / 100) * (1 - 0.9 * step / steps)
         idx, targets, _ = batch(rng, size, *((2, True) if trunk else ()))
-        t = x_0 = times = None
+        at, t, x_0, unroll = (targets >= 0).nonzero(as_tuple=True), None, None, None
         if model.path:
             t, x_0 = diffusion.draw(size * N_ASKED, model.path.config, generator)
         if config.method == "unrolled":
-            times = diffusion.draw_times(MOST_CALLS, T_END, SHIFT, generator)
-        loss = diffusion.nll(model, idx, targets, torch.full((size,), model.no_label), t, x_0, times).mean()
+            unroll = diffusion.draw_times(MOST_CALLS, T_BEGIN, T_END, generator), 0.0      # Euler
+        label = torch.full((size,), model.no_label)
+        loss = diffusion.nll(model, idx, at, targets[at], label, t, x_0, unroll).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
@@ -117,7 +125,8 @@ def samplers(method):
     if method == "unrolled":
         return {"": [Sampler(steps=T, **UNROLLED) for T in (1, 2, 3, 4, 8, 16, 32)]}
     if method == "truth":       # with T = 2 the one call is at t_end: early it sees next to nothing, late only the trunk's guess
-        grids = {f", to t = {t_end}": dict(t_end=t_end) for t_end in (0.25, 0.9)} | {", mean guess, shift 3, to t = 0.9": UNROLLED}
+        grids = {f", to t = {t_end}": dict(t_end=t_end) for t_end in (0.25, 0.9)}
+        grids[", mean guess, from t = 0.5 to 0.9"] = UNROLLED
         return {name: [Sampler(steps=T, **grid) for T in (1, 2, 4, 16, 32)] for name, grid in grids.items()}
     return {"": [Sampler(steps=1)]}
 
@@ -131,8 +140,10 @@ def test(config, model):
         links += n_links.flatten().tolist()
         for name, each in samplers(config.method).items():
             for sampler in each:
-                right = teacher_forced(model, idx, targets, sampler, torch.Generator().manual_seed(start))[1]
-                results.setdefault(name, {}).setdefault(sampler.steps, []).extend(right.int().tolist())
+                at = (targets >= 0).nonzero(as_tuple=True)
+                logits, _ = teacher_forced(model, idx, at, sampler, torch.Generator().manual_seed(start))
+                right = (logits.argmax(-1) == targets[at]).int().tolist()
+                results.setdefault(name, {}).setdefault(sampler.steps, []).extend(right)
     return results, links
 
 
@@ -174,7 +185,7 @@ def table():
             spread = f" ± {statistics.stdev(row['right']):.3f}" if len(row["right"]) > 1 else ""
             print(f"| {name} | {row['steps']} | {mean:.3f}{spread} | {', '.join(f'{x:.3f}' for x in row['right'])} | {show(row['vs_1'])} | "
                   f"{show(row['vs_2'])} | {' '.join(f'{x:.2f}' for x in row['by_links'])} |")
-    Path("docs/chains.json").write_text(json.dumps(groups, indent=1))
+    Path("experiments/chains.json").write_text(json.dumps(groups, indent=1))
     figure, axes = pyplot("--method=table").subplots(figsize=(7, 4.5), layout="constrained")
     for i, (name, group) in enumerate(groups.items()):
         steps, right = [row["steps"] for row in group["rows"]], [row["right"] for row in group["rows"]]
@@ -188,7 +199,7 @@ def table():
     axes.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
     axes.set(xlabel="steps T (evaluations per token)", ylabel=f"right answers (n = {N_TEST * N_ASKED}; bars: seeds)")
     axes.legend()
-    figure.savefig("docs/chains.png", dpi=110)
+    figure.savefig("experiments/chains.png", dpi=110)
 
 
 def main(argv=None):
@@ -211,4 +222,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
