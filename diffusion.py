@@ -190,7 +190,7 @@ class Sampler:
     t_hold: float = 0.0             # time of all path calls but the last; 0 = evenly spaced up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # a token is done when its guess stays, more probable than this; 0 = off
+    stop: float = 0.0               # a token is done when x_1_hat is so near to where x_t points; 0 = off
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
     guide_last: bool = False        # guide the last logits, too; the paper guides x_1_hat alone
@@ -202,7 +202,6 @@ class Sampler:
         require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
         require(not self.t_hold or self.t_hold <= self.t_end,
                 f"t_hold={self.t_hold} needs a later t_end, not {self.t_end}")
-        require(self.stop < 1, f"stop={self.stop}, but it must be below 1")
         require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
         require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
 
@@ -221,6 +220,7 @@ class Sampler:
 
 def predict(f, x_0, sampler):
     """Logits (N, V_size) of the last evaluation: by Algorithm 1, or each position at times of its own."""
+    f.x_0 = x_0
     if sampler.solver == "adaptive" and sampler.steps > 1:
         t_end = sampler.t_end or last_time(sampler.steps)
         adaptive(f.x_1_hat, x_0, sampler.steps, sampler.tol, t_end)
@@ -293,7 +293,16 @@ class Denoiser:
         if w != 1 and i is not None:
             free = self.path_call(x_t, t, i, self.model.no_label)
             x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(free, self.best(free, i))
+        if self.sampler.stop and i is not None:
+            self.running[i] = self.moves(x_t[i], t[i, None] if torch.is_tensor(t) else t, x_1_hat[i], i)
         return x_1_hat
+
+    def moves(self, x_t, t, x_1_hat, i):
+        """Whether more calls may change the guess at the positions i, (n,) bool: it has just changed, or x_1_hat
+        is not yet the mean m of the guesses before it, to which x_t = (1 - t) x_0 + t m points."""
+        m = (x_t - (1 - t) * self.x_0[i]) / t
+        distance = (x_1_hat - m).norm(dim=1) / x_t.size(1) ** 0.5  # in units of x_1's standard deviation
+        return ~self.same | (distance > self.sampler.stop)
 
     def evaluate(self, x_t, t, where=None):
         """Evaluate at t, a float or (N,), the positions that have not stopped; of these only where (N,) bool.
@@ -309,8 +318,7 @@ class Denoiser:
         self.n_evaluations += 1
         last = self.path_call(x_t, t, i, self.label)
         guess = self.best(last, i)
-        if self.sampler.stop:
-            self.running[i] = (guess != self.guess[i]) | (probability(last, guess) <= self.sampler.stop)
+        self.same = guess == self.guess[i]
         if isinstance(i, slice):
             self.last, self.guess = last, guess
         else:
