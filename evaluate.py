@@ -24,7 +24,7 @@ import torch
 
 import report
 from checkpoint import load
-from configurator import UserError, at_least, configure, run
+from configurator import UserError, at_least, configure, require, run
 from decode import Decoding, generate
 from exam import Exam, answers, equals_and_digits, of_choices, of_true_answers
 from files import write_file
@@ -64,28 +64,26 @@ class Config(Decoding):
     def __post_init__(self):
         at_least(self, limit=0, shots=0, mistakes=0, votes=1, samples=1, batch_size=1)
         several, n_steps = max(self.votes, self.samples), len(self.decodings())
-        has_label, shows = self.use_label or self.label, self.plot or self.show_change
-        must = {
-            f"votes={self.votes} and samples={self.samples} count answers in two ways; choose one":
-            min(self.votes, self.samples) == 1,
-            f"votes={self.votes}, samples={self.samples}: at temperature=0 all answers to a problem are the "
-            "same; add one such as --temperature=0.7": several == 1 or self.temperature > 0,
-            f"--use_label gives each problem its own label, --label={self.label} the same to all; choose one":
-            not (self.use_label and self.label),
-            f"guidance={self.guidance} needs --label=NAME or --use_label": self.guidance == 1 or has_label,
-            "--plot and --show_change need answers; leave out --exact_match=False":
-            self.exact_match or not shows,
-            f"--show_change compares one answer at two numbers of steps, as with --steps=1,16; there are "
-            f"steps={self.steps}, {several} answers each": not self.show_change or several == 1 < n_steps}
-        for message, holds in must.items():
-            if not holds:
-                raise UserError(f"error: {message}")
+        require(min(self.votes, self.samples) == 1,
+                f"votes={self.votes} and samples={self.samples} count answers in two ways; choose one")
+        require(several == 1 or self.temperature > 0,
+                f"votes={self.votes}, samples={self.samples}: at temperature=0 all answers to a problem are "
+                "the same; add one such as --temperature=0.7")
+        require(not (self.use_label and self.label),
+                f"--use_label gives each problem its own label, --label={self.label} one to all; choose one")
+        require(self.guidance == 1 or self.use_label or self.label,
+                f"guidance={self.guidance} needs --label=NAME or --use_label")
+        require(self.exact_match or not (self.plot or self.show_change),
+                "--plot and --show_change need answers; leave out --exact_match=False")
+        require(not self.show_change or several == 1 < n_steps,
+                f"--show_change compares one answer at two numbers of steps, as with --steps=1,16; there are "
+                f"steps={self.steps}, {several} answers each")
 
     def decodings(self, **changes):
         """A Decoding for each number of steps."""
         words = [word.strip() for word in self.steps.split(",")]
-        if not all(word.isdecimal() for word in words):
-            raise UserError(f"error: steps={self.steps!r}, but it must be numbers and commas, as 1,2,4,8,16")
+        require(all(word.isdecimal() and len(word) < 10 for word in words),
+                f"steps={self.steps!r}, but it must be numbers and commas, such as 1,2,4,8,16")
         shared = {f.name: getattr(self, f.name) for f in fields(Decoding)} | changes
         return [Decoding(**shared | {"steps": steps}) for steps in dict.fromkeys(map(int, words))]
 
@@ -97,9 +95,9 @@ def set_up(config, ranks):
         model, encoding, checkpoint = load(config.out_dir, config.checkpoint, config.device, config.dtype)
     data_dir, name = config.data_dir or checkpoint["config"]["data_dir"], checkpoint["tokenizer"]["name"]
     manifest, data = load_manifest(data_dir), load_split(data_dir, config.split)
-    if manifest["fingerprint"] != checkpoint["tokenizer"]["fingerprint"]:
-        raise UserError(f"error: {data_dir} was made with tokenizer {manifest['tokenizer']}, the checkpoint "
-                        f"with {name}; make it with --tokenizer={name}, or choose the data it was trained on")
+    require(manifest["fingerprint"] == checkpoint["tokenizer"]["fingerprint"],
+            f"{data_dir} was made with tokenizer {manifest['tokenizer']}, the checkpoint with {name}; make "
+            f"it with --tokenizer={name}, or choose the data it was trained on")
     if config.shots:
         data = with_examples(config, data_dir, manifest, data, encoding)
     labels = labels_of(config, model, checkpoint, manifest, data.problems)
@@ -117,8 +115,8 @@ def set_up(config, ranks):
 
 def with_examples(config, data_dir, manifest, data, encoding):
     """The Split with config.shots worked examples before each problem."""
-    if manifest["shots"] not in manifest["counts"]:
-        raise UserError(f"error: shots={config.shots}, but {data_dir} has no worked examples; leave it out")
+    require(manifest["shots"] in manifest["counts"],
+            f"shots={config.shots}, but {data_dir} has no worked examples; leave it out")
     examples = load_split(data_dir, manifest["shots"]).problems
     problems = [p._replace(prompt=few_shot(p, examples, config.shots)) for p in data.problems]
     name = f"{config.split} with {config.shots} examples"
@@ -154,7 +152,7 @@ def show_change(exam, decoding, records):
         return
     i, eot = min(changed, key=lambda record: record["predicted"])["id"], exam.encoding.eot_token
     (output,) = generate(exam.model, [exam.prompts[i]], eot, decoding, [exam.labels[i]], [i], trace=True)
-    print(f"\n{len(changed)} problems are wrong at steps={few} and right at steps={many}; of these, the shortest:\n"
+    print(f"\n{len(changed)} problems are wrong at steps={few} and right at steps={many}; the shortest:\n"
           f"{exam.problems[i].prompt}\n  steps={few}: {first[i]['output']!r}\n"
           f"  steps={many}: {last[i]['output']!r}\n"
           f"each token at steps={many}; a star marks one that the steps changed")
