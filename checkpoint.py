@@ -66,7 +66,12 @@ def load_trunk(name, manifest):
 def save(checkpoint, path, previous=None):
     """Write whole or not at all: a kill while writing leaves what was there, which then becomes
     `previous`."""
-    write_file(f"{path}.new", lambda file: torch.save(checkpoint, file))
+    def write(file):
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as e:                                 # torch's own, after the OSError of a full disk
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
+    write_file(f"{path}.new", write)
     if previous and os.path.exists(path):
         os.replace(path, previous)
     os.replace(f"{path}.new", path)
