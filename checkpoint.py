@@ -123,8 +123,11 @@ class Log:
 
     def __call__(self, **record):
         if self.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as e:
+                raise UserError(f"error: cannot write {self.path}: {e.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------- resume
