@@ -138,9 +138,13 @@ def open_out_dir(config, ranks):
     if config.resume and not (os.path.exists(last) or os.path.exists(previous)):
         raise UserError(f"error: nothing to resume: {last} does not exist; start without --resume")
     lock_file = lock(config.out_dir) if ranks.main else None
+    for name in os.listdir(config.out_dir) if ranks.main else ():
+        if name.startswith(".") and name.endswith(".tmp"):        # left by a kill while writing
+            os.remove(os.path.join(config.out_dir, name))
     if not config.resume:
-        if os.path.exists(last):
-            raise UserError(f"error: {last} exists; go on with --resume, or choose another --out_dir")
+        for path in (last, previous):
+            if os.path.exists(path):
+                raise UserError(f"error: {path} exists; go on with --resume, or choose another --out_dir")
         return lock_file, None
     try:
         return lock_file, load_checkpoint(last) | {"path": last}
