@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from dataclasses import asdict
 
 import torch
@@ -207,6 +208,8 @@ def read(path):
     try:
         with open(path, "rb") as file:
             data = file.read()
+        if wrong := zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch.load does not look at checksums
+            raise ValueError(f"the checksum of {wrong} is wrong")
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise ValueError("wrong contents")
