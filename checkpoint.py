@@ -105,7 +105,8 @@ def save_run(run, config, ranks, better=False):
     checkpoint = describe(run.model, lora, config.out_dir) | {
         "config": asdict(config), "world": ranks.world, "step": run.step, "best": run.best,
         "data": run.manifest, "tokenizer": tokenizer}
-    best, last, previous = (os.path.join(config.out_dir, f"{name}.pt") for name in ("best", "last", "previous"))
+    best, last, previous = (os.path.join(config.out_dir, f"{name}.pt")
+                            for name in ("best", "last", "previous"))
     try:
         if better:
             save(checkpoint, best)
