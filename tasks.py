@@ -275,7 +275,8 @@ def hold_out(splits, n):
     if not 1 <= n < len(train):
         raise UserError(f"error: --val={n} problems cannot be held out from {len(train)}; at least {n + 1} "
                         f"are needed, or --val=N with N from 1 to {len(train) - 1}")
-    return splits | {"train": train[n:], "val": train[:n]}
+    others = {split: problems for split, problems in splits.items() if split not in ("train", "val")}
+    return {"train": train[n:], "val": train[:n], **others}
 
 
 def gsm8k(row, where, options):
@@ -400,6 +401,7 @@ class Task(NamedTuple):
     shots: str = ""                  # the split whose problems are worked examples; "": there is none
     stops: tuple = ("\nQuestion:",)  # an output ends before the first of these
     expects: str = NUMBER            # of a true answer, for the message where it is another
+    counts: dict = {}                # problems of the original's splits, where its hash is not known to all
     well_formed: Callable = lambda problem, text: True       # of a text that has an answer: its form is right
 
 
@@ -438,12 +440,15 @@ TASKS = {
                   labels=(), shots="train", expects=f"words, or {NUMBER}"),
     "math": Task(from_lines(competition, MATH_FILES, ["train"]), scoring.read_boxed, HeldOut,
                  group="math", shots="train", expects=r"a formula in \boxed{}"),
-    "mmlu": Task(load_mmlu, scoring.read_letter, group="knowledge", shots="dev"),
-    "mmlu_pro": Task(from_lines(mmlu_pro, PRO_FILES), scoring.read_letter, group="knowledge", shots="val"),
+    "mmlu": Task(load_mmlu, scoring.read_letter, group="knowledge", shots="dev",
+                 counts={"dev": 285, "val": 1531, "test": 14042}),
+    "mmlu_pro": Task(from_lines(mmlu_pro, PRO_FILES), scoring.read_letter, group="knowledge", shots="val",
+                     counts={"val": 70, "test": 12032}),
     "humaneval": Task(from_lines(humaneval, HUMANEVAL_FILES),
                       scoring.read_code(lambda problem, text: problem.prompt + text), group="code",
                       prompt="{}", stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
     "mbpp": Task(from_lines(mbpp, MBPP_FILES), scoring.read_code(lambda problem, text: text), group="code",
-                 shots="dev", stops=("\nQuestion:", "\nassert")),
+                 shots="dev", stops=("\nQuestion:", "\nassert"),
+                 counts={"dev": 10, "test": 500, "val": 90, "train": 374}),
     "mix": Task(load_mix, scoring.read_number, Mix),
 }
