@@ -54,8 +54,8 @@ def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     idx (B, T) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the targets;
     label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. unroll = (times, weight), in place of t:
     x_t comes not from the truth but from the model's own mean guesses, by Algorithm 1 through these times
-    (relaxed with this weight; Euler's at 0), and the gradient goes through all of it (deviation 12). Without
-    a path: plain cross-entropy of the trunk.
+    (fixed_point with this weight; euler at 0), and the gradient goes through all of it (deviation 12).
+    Without a path: plain cross-entropy of the trunk.
     """
     c = model.read(idx, at)
     if model.path is None:
@@ -67,15 +67,15 @@ def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     else:
         f = Denoiser(model, Sampler(guess="mean"), Tables(model), c, label[at[0]])
         times, weight = unroll
-        step = partial(relaxed_step, x_0=x_0, weight=weight) if weight else euler_step
+        step = partial(fixed_point_step, x_0=x_0, weight=weight) if weight else euler_step
         logits = algorithm_1(f, x_0, times, step)
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
-def draw_times(most_calls, t_begin, t_end, generator):
+def draw_times(most_calls, t_end, t_hold, generator):
     """The times of one unrolled pass: 1 to most_calls path calls, uniform in the logarithm, on time_grid."""
     n_calls = int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
-    return time_grid(n_calls, t_begin, t_end)
+    return time_grid(n_calls, t_end, t_hold)
 
 
 # --------------------------------------------------------------------------------------------- solvers
@@ -105,13 +105,12 @@ def heun_step(dx, x, a, b):
     return x + (b - a) / 2 * (v_a + dx(x_b, b))
 
 
-def relaxed_step(dx, x, a, b, x_0, weight):
-    """From time a to b on the line from x_0 to m, a mean of the guesses so far that each call moves by
-    `weight`.
+def fixed_point_step(dx, x, a, b, x_0, weight):
+    """From time a to b on the line from x_0 to m, a mean of the guesses that each call moves by `weight`.
 
-    Every solver here stays on lines x_t = (1 - t) x_0 + t m. Euler gives the newest guess the weight (b - a)
-    / ((1 - a) b), which falls with every call; this one gives it the same weight at every call but the first,
-    as a relaxed fixed-point iteration does. One evaluation.
+    Every solver here stays on lines x_t = (1 - t) x_0 + t m. Euler gives the newest guess the weight
+    (b - a) / ((1 - a) b), which falls with every call. Here it is the same at every call but the first: a
+    relaxed fixed-point iteration of m -> x_1_hat (deviation 13). One evaluation.
     """
     x_1_hat = x + (1 - a) * dx(x, a)
     m = x_1_hat if a == 0 else (x - (1 - a) * x_0) / a
@@ -119,11 +118,9 @@ def relaxed_step(dx, x, a, b, x_0, weight):
     return (1 - b) * x_0 + b * m
 
 
-def time_grid(n, t_begin, t_end):
-    """0, where the trunk is asked, and n times evenly from t_begin to t_end. t_begin = 0: all evenly."""
-    if not t_begin:
-        return [t_end * (i / n) for i in range(n + 1)] if n else [0.0]
-    return [0.0] + [t_end - (t_end - t_begin) * (i / max(1, n - 1)) for i in reversed(range(n))]
+def time_grid(n, t_end, t_hold=0.0):
+    """0, and n times up to t_end: evenly; or, with t_hold, all but the last at t_hold."""
+    return [0.0] + [t_hold if t_hold and i < n else t_end * (i / n) for i in range(1, n + 1)]
 
 
 def last_time(steps):
@@ -188,12 +185,12 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal["euler", "midpoint", "heun", "relaxed", "adaptive"] = "euler"  # adaptive: at most `steps`
+    solver: Literal["euler", "midpoint", "heun", "fixed_point", "adaptive"] = "euler"
     t_end: float = 0.0              # time of the last evaluation; 0 = last_time(steps); the paper has 1
-    t_begin: float = 0.0            # time of the first path call; 0 = as far from 0 as the others lie apart
-    weight: float = 0.6             # relaxed: of the newest guess
+    t_hold: float = 0.0             # time of all path calls but the last; 0 = evenly spaced up to t_end
+    weight: float = 0.5             # fixed_point: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # a token is done when its guess stays, more probable than this; 0 = off
+    stop: float = 0.0               # a token is done when x_1_hat is so near to where x_t points; 0 = off
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
     guide_last: bool = False        # guide the last logits, too; the paper guides x_1_hat alone
@@ -201,11 +198,10 @@ class Sampler:
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
 
     def __post_init__(self):
-        at_least(self, steps=1, t_begin=0, t_end=0, stop=0, temperature=0, top_k=0)
+        at_least(self, steps=1, t_hold=0, t_end=0, stop=0, temperature=0, top_k=0)
         require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
-        require(not self.t_begin or self.t_begin <= self.t_end,
-                f"t_begin={self.t_begin} needs a later t_end, not {self.t_end}")
-        require(self.stop < 1, f"stop={self.stop}, but it must be below 1")
+        require(not self.t_hold or self.t_hold <= self.t_end,
+                f"t_hold={self.t_hold} needs a later t_end, not {self.t_end}")
         require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
         require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
 
@@ -213,9 +209,10 @@ class Sampler:
         """The times and the step of Algorithm 1 that spend `steps` evaluations."""
         cost = 2 if self.solver in ("midpoint", "heun") else 1
         n, odd = divmod(self.steps - 1, cost)
-        times = time_grid(n + odd, self.t_begin, self.t_end or last_time(self.steps))
-        step = {"midpoint": midpoint_step, "heun": heun_step,
-                "relaxed": partial(relaxed_step, x_0=x_0, weight=self.weight)}.get(self.solver, euler_step)
+        times = time_grid(n + odd, self.t_end or last_time(self.steps), self.t_hold)
+        fixed_point = partial(fixed_point_step, x_0=x_0, weight=self.weight)
+        step = {"midpoint": midpoint_step, "heun": heun_step, "fixed_point": fixed_point
+                }.get(self.solver, euler_step)
         if odd:                                               # the first interval by Euler: one evaluation
             return times, lambda dx, x, a, b: (step if a else euler_step)(dx, x, a, b)
         return times, step
@@ -223,6 +220,7 @@ class Sampler:
 
 def predict(f, x_0, sampler):
     """Logits (N, V_size) of the last evaluation: by Algorithm 1, or each position at times of its own."""
+    f.x_0 = x_0
     if sampler.solver == "adaptive" and sampler.steps > 1:
         t_end = sampler.t_end or last_time(sampler.steps)
         adaptive(f.x_1_hat, x_0, sampler.steps, sampler.tol, t_end)
@@ -295,7 +293,16 @@ class Denoiser:
         if w != 1 and i is not None:
             free = self.path_call(x_t, t, i, self.model.no_label)
             x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(free, self.best(free, i))
+        if self.sampler.stop and i is not None:
+            self.running[i] = self.moves(x_t[i], t[i, None] if torch.is_tensor(t) else t, x_1_hat[i], i)
         return x_1_hat
+
+    def moves(self, x_t, t, x_1_hat, i):
+        """Whether the guess at the positions i may still change, (n,) bool: it has just done so, or x_1_hat is
+        not yet the mean m of the guesses before it, to which x_t = (1 - t) x_0 + t m points."""
+        m = (x_t - (1 - t) * self.x_0[i]) / t
+        distance = (x_1_hat - m).norm(dim=1) / x_t.size(1) ** 0.5  # in units of x_1's standard deviation
+        return ~self.same | (distance > self.sampler.stop)
 
     def evaluate(self, x_t, t, where=None):
         """Evaluate at t, a float or (N,), the positions that have not stopped; of these only where (N,) bool.
@@ -311,8 +318,7 @@ class Denoiser:
         self.n_evaluations += 1
         last = self.path_call(x_t, t, i, self.label)
         guess = self.best(last, i)
-        if self.sampler.stop:
-            self.running[i] = (guess != self.guess[i]) | (probability(last, guess) <= self.sampler.stop)
+        self.same = guess == self.guess[i]
         if isinstance(i, slice):
             self.last, self.guess = last, guess
         else:

@@ -109,14 +109,12 @@ def download(url, path, size=None, sha256=None):
             resumed = part.exists() and part.stat().st_size > 0
             try:
                 if not (resumed and part.stat().st_size == size):
-                    request(url, part, etag)
+                    request(url, part, etag, size)
                 wrong = mismatch(part, size, sha256)
                 if not wrong:
                     os.replace(part, path)
                     etag.unlink(missing_ok=True)
                     return path
-                if size is not None and part.stat().st_size < size:
-                    raise Retry("connection closed early", 0)
                 part.unlink()
                 if not resumed:                              # a fresh copy that is wrong will be wrong again
                     raise OSError(f"it {wrong}; the file at that address changed, or is altered on the way")
@@ -135,7 +133,7 @@ def download(url, path, size=None, sha256=None):
         raise UserError(f"error: cannot download {url} to {path}: {e.strerror or e}") from None
 
 
-def request(url, part, etag):
+def request(url, part, etag, size):
     """One request, which continues .part if it can. Raises Retry, and OSError where no repetition helps."""
     import requests  # here, for it takes long to load
 
@@ -161,7 +159,8 @@ def request(url, part, etag):
                 part.unlink(missing_ok=True)                 # never a new ETag beside old bytes
                 strong = r.headers.get("ETag", "")           # without one nothing tells that the file changed
                 etag.write_text(strong) if strong.startswith('"') else etag.unlink(missing_ok=True)
-            receive(r, part, have)
+            length = r.headers.get("Content-Length", "")
+            receive(r, part, have, have + int(length) if length.isdecimal() else size)
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema,
             requests.exceptions.MissingSchema) as e:
         raise OSError(str(e)) from None
@@ -169,10 +168,8 @@ def request(url, part, etag):
         raise Retry(f"connection failed ({type(e).__name__})", 0) from None
 
 
-def receive(response, part, have):
-    """Appends the response's body to .part, which holds have bytes, and says how far it is."""
-    length = response.headers.get("Content-Length", "")
-    total = have + int(length) if length.isdecimal() else None
+def receive(response, part, have, total):
+    """Appends the response's body to .part, which holds have bytes of total, and says how far it is."""
     of = f"of {total / 1e6:.1f} MB" if total is not None else "MB"
     print(f"downloading {response.url}: {have / 1e6:.1f} {of}", file=sys.stderr, flush=True)
     said = time.monotonic()

@@ -161,15 +161,17 @@ def read_safetensors(path):
     for name, entry in header.items():
         try:
             dtype, shape, (start, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            sizes = all(type(z) is int and 0 <= z < 2 ** 63 for z in (*shape, start, end))
+            if not all(type(z) is int and 0 <= z < 2 ** 63 for z in (*shape, start, end)):
+                raise ValueError
             count = math.prod(shape)
-            fits = sizes and end <= len(data) - n - 8 and end - start == count * dtype.itemsize
-        except (KeyError, TypeError, ValueError):
+            if fits := end <= len(data) - n - 8 and end - start == count * dtype.itemsize:
+                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + n + start) if count \
+                    else torch.empty(0, dtype=dtype)
+                tensors[name] = flat.view(shape)
+        except (KeyError, TypeError, ValueError, RuntimeError):
             raise bad(f"the entry of {name} cannot be read") from None
         if not fits:
             raise bad(f"the tensor {name} does not lie inside the file; it may be cut short")
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + n + start).view(shape) \
-            if count else torch.empty(shape, dtype=dtype)
     return tensors
 
 

@@ -369,6 +369,8 @@ class Context(NamedTuple):
         """The same for the positions i (n,) only, in their order; rows that hold none of them are left
         out."""
         B = self.kv[0][0].size(0)
+        if self.at is None and self.mask is None:                 # one query a row, which sees every key
+            return Context(self.h[i], self.token[i], self.pos[i], [(k[i], v[i]) for k, v in self.kv])
         if self.at is None:
             n_columns = len(self.pos) // B
             rows, columns = i // n_columns, i % n_columns

@@ -68,9 +68,9 @@ class Config(PathConfig):
     stratified: bool = True         # draw t from equal bins over the micro-batch (deviation 5)
     label_dropout: float = 0.2      # share of examples trained without their guidance label
     unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12)
-    unroll_t_begin: float = 0.5     # its times; sample with the same --t_begin and --t_end, --guess=mean,
-    unroll_t_end: float = 0.9
-    unroll_weight: float = 0.5      # and --solver=relaxed with this --weight; 0 = euler
+    unroll_t_hold: float = 0.5      # its times; sample such a path with --solver=fixed_point --guess=mean
+    unroll_t_end: float = 0.9       # and the same --t_hold, --t_end, --weight
+    unroll_weight: float = 0.5      # 0 = --solver=euler
     path_from: str = ""             # a checkpoint whose path to start from, for a later phase
     # optimisation
     steps: int = 3000               # optimizer steps
@@ -96,7 +96,7 @@ class Config(PathConfig):
     def __post_init__(self):
         at_least(self, steps=1, batch_size=1, grad_accum=1, eval_every=1, eval_examples=1, log_every=1,
                  seed=0, block_size=2, lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0,
-                 unroll=0, unroll_weight=0, unroll_t_begin=0, min_lr=0, label_dropout=0, beta1=0, beta2=0)
+                 unroll=0, unroll_weight=0, unroll_t_hold=0, min_lr=0, label_dropout=0, beta1=0, beta2=0)
         require((self.trunk_mode, self.path_mode) != ("frozen", "none"), "trunk_mode=frozen with "
                 "path_mode=none trains nothing; choose a path, or lora or full for the trunk")
         require((self.trunk, self.trunk_mode) != ("scratch", "lora"), "trunk=scratch with trunk_mode=lora "
@@ -106,8 +106,8 @@ class Config(PathConfig):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)}, but it must be above 0")
         for name in ("label_dropout", "unroll_t_end", "unroll_weight"):
             require(getattr(self, name) <= 1, f"{name}={getattr(self, name)}, but it must be at most 1")
-        require(self.unroll_t_begin <= self.unroll_t_end,
-                f"unroll_t_begin={self.unroll_t_begin} is above unroll_t_end={self.unroll_t_end}")
+        require(self.unroll_t_hold <= self.unroll_t_end,
+                f"unroll_t_hold={self.unroll_t_hold} is above unroll_t_end={self.unroll_t_end}")
         require(max(self.beta1, self.beta2) < 1, f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
         require(self.min_lr <= self.learning_rate, f"min_lr={self.min_lr} is above learning_rate="
                 f"{self.learning_rate}: the decay would be a rise; lower it")
@@ -140,7 +140,7 @@ def draw_noise(config, model, label, n, generator):
     drop = torch.rand(len(label), generator=generator, device=label.device) < config.label_dropout
     label, unroll = torch.where(drop, model.no_label, label), None      # per example, not per position
     if config.unroll:
-        times = diffusion.draw_times(config.unroll, config.unroll_t_begin, config.unroll_t_end, generator)
+        times = diffusion.draw_times(config.unroll, config.unroll_t_end, config.unroll_t_hold, generator)
         t, unroll = torch.full_like(t, times[-1]), (times, config.unroll_weight)
     return label, t, x_0, unroll
 

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import Counter
 from fractions import Fraction
@@ -54,7 +55,7 @@ def error(*argv):
 # ---------------------------------------------------------------- the generator
 
 def test_every_annotation_is_right_and_the_last_result_is_the_answer(arithmetic):
-    """Every <<expression=result>> recomputed with fractions; #### is the last result; all numbers in 0..99."""
+    """Every <<expression=result>> recomputed with fractions; #### is the last; all numbers in 0..99."""
     for split in SPLITS:
         for problem in load_split(arithmetic, split).problems:
             *lines, last = problem.answer.removeprefix(" ").split("\n")
@@ -75,7 +76,7 @@ def test_every_annotation_is_right_and_the_last_result_is_the_answer(arithmetic)
 
 
 def test_stories_follow_from_their_question(arithmetic):
-    """Each operation uses the result before it, once; its other number is told in the question or an older result."""
+    """Each operation uses the result before it, once; its other number is told or an older result."""
     for problem in load_split(arithmetic, "train").problems:
         told = [int(n) for n in re.findall(r"\d+", question_of(problem))]
         known = {*told, 1, 2}                        # "and 5 friends" is one more, "half", "twice"
@@ -122,7 +123,7 @@ def test_every_drill_has_the_answer_that_its_question_asks_for(arithmetic):
                 assert int(problem.answer.split("#### ")[1]) == expected, problem
                 assert re.search(rf"\b{expected}\b", problem.answer.split("####")[0])
     total = 3000 + 500 + 1000
-    assert 0.4 * total < found < 0.6 * total         # half the mixture; a family this test does not know would show
+    assert 0.4 * total < found < 0.6 * total         # half the mixture; a family not known here would show
     assert all(drill_answer(question_of(p)) is None for p in load_split(arithmetic, "train").problems)
 
 
@@ -193,7 +194,8 @@ def test_the_vocabulary_covers_the_generator(arithmetic, encoding):
             pieces = [encoding.decode([i]) for i in encoding.encode_ordinary(text)]
             for left, right in zip(pieces, pieces[1:]):
                 assert not (left[-1].isalpha() and right[0].isalpha()), (left, right)
-    assert [encoding.decode([i]) for i in encoding.encode_ordinary("a 3*12 = <<3*12=36>>36 cups.\n#### 36")] == \
+    pieces = [encoding.decode([i]) for i in encoding.encode_ordinary("a 3*12 = <<3*12=36>>36 cups.\n#### 36")]
+    assert pieces == \
         ["a", " 3", "*", "12", " = <<", "3", "*", "12", "=", "36", ">>", "36", " cups", ".\n", "####", " 36"]
 
 
@@ -214,7 +216,8 @@ def check_split(out_dir, split, encoding, strip=False):
         mask = data.mask[data.offsets[i]:data.offsets[i + 1]]
         assert encoding.decode(tokens[mask]) == f"{problem.answer}<|endoftext|>"
         assert tokens[mask][-1] == encoding.eot_token and (tokens == encoding.eot_token).sum() == 1
-        assert encoding.decode(tokens[~mask]) == problem.prompt == f"Question: {question_of(problem)}\nAnswer:"
+        assert encoding.decode(tokens[~mask]) == problem.prompt
+        assert problem.prompt == f"Question: {question_of(problem)}\nAnswer:"
         assert encode_question(encoding, PROMPT, question_of(problem)) == tokens[~mask].tolist()
         assert not mask[:(~mask).sum()].any()        # the prompt comes first, in one piece
         steps = sum(1 for line in problem.answer.split("####")[0].split("\n") if line)
@@ -235,7 +238,8 @@ def test_the_manifest_says_what_is_there(arithmetic, encoding):
     assert manifest["tokenizer"] == "arithmetic" and manifest["fingerprint"] == fingerprint(encoding)
     assert manifest["n_vocab"] == encoding.n_vocab and manifest["eot"] == encoding.n_vocab - 1
     assert manifest["counts"] == dict(train=1500, val=500, test=1000, mix=3000, mix_val=500, mix_test=1000)
-    assert manifest["label_names"] == ["1 step", "2 steps", "3 steps", "4 or more steps"] and manifest["n_labels"] == 4
+    assert manifest["label_names"] == ["1 step", "2 steps", "3 steps", "4 or more steps"]
+    assert manifest["n_labels"] == 4
     longest = max(np.diff(load_split(arithmetic, split).offsets).max() for split in SPLITS)
     assert manifest["max_tokens"] == longest
 
@@ -274,7 +278,8 @@ def source(tmp_path, monkeypatch):
     folder.mkdir()
     def write(line=None, n=520):
         rows = [json.dumps({"question": f"What is {i} + 1?",
-                            "answer": f"{i}+1 = <<{i}+1={i + 1}>>{i + 1}, {i}-0=$<<{i}-0={i}>>{i}\n#### {i + 1}"})
+                            "answer": f"{i}+1 = <<{i}+1={i + 1}>>{i + 1}, {i}-0=$<<{i}-0={i}>>{i}\n"
+                                      f"#### {i + 1}"})
                 for i in range(n)]
         if line is not None:
             rows[16] = line
@@ -289,7 +294,8 @@ def test_a_subset_is_nested_and_never_touches_what_is_held_out(source, tmp_path,
     sizes = {}
     for n in (0, 5, 10):
         out_dir = tmp_path / f"out{n}"
-        main(["gsm8k", f"--source={source()}", f"--out_dir={out_dir}", f"--subset={n}", "--strip_annotations"])
+        main(["gsm8k", f"--source={source()}", f"--out_dir={out_dir}", f"--subset={n}",
+              "--strip_annotations"])
         sizes[n] = check_split(out_dir, "train", load_tokenizer("gpt2"), strip=True).problems
         assert (out_dir / "val.npz").read_bytes() == (tmp_path / "out0" / "val.npz").read_bytes()
     for problem in sizes[0]:
@@ -351,10 +357,11 @@ def contents(folder):
 @pytest.fixture
 def own(tmp_path):
     """A command that prepares a few problems of one's own, and the folder where they go."""
-    (tmp_path / "train.jsonl").write_text("".join(f'{{"question": "Is {i} even?", "answer": "{i % 2 == 0}"}}\n'
-                                                  for i in range(200)))
+    lines = [f'{{"question": "Is {i} even?", "answer": "{i % 2 == 0}"}}\n' for i in range(200)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
     out_dir = tmp_path / "out"
-    return ["jsonl", f"--source={tmp_path}", "--val=9", "--tokenizer=arithmetic", f"--out_dir={out_dir}"], out_dir
+    command = ["jsonl", f"--source={tmp_path}", "--val=9", "--tokenizer=arithmetic", f"--out_dir={out_dir}"]
+    return command, out_dir
 
 
 @pytest.mark.parametrize("stop_at", range(5))
@@ -427,17 +434,323 @@ def test_all_of_gsm8k_is_prepared_and_its_split_never_changes(tmp_path, monkeypa
     encoding = load_tokenizer("gpt2")
     assert encoding.encode_ordinary("The dog") == [464, 3290]            # ids known from GPT-2 itself
     splits = {split: check_split(tmp_path, split, encoding) for split in ("train", "val", "test")}
-    originals = {file: [json.loads(line) for line in open(SHARED / "gsm8k" / f"{file}.jsonl", encoding="utf-8")]
-                 for file in ("train", "test")}
+
     def original(file):
-        return sorted((r["question"], r["answer"]) for r in originals[file])
+        lines = (SHARED / "gsm8k" / f"{file}.jsonl").read_text(encoding="utf-8").strip().split("\n")
+        return sorted((r["question"], r["answer"]) for r in map(json.loads, lines))
+
     def ours(*names):
         return sorted((question_of(p), p.answer[1:]) for name in names for p in splits[name].problems)
+
     assert ours("train", "val") == original("train") and ours("test") == original("test")
     assert load_manifest(tmp_path)["max_tokens"] == 439
     # results are compared across machines and years: which problems are held out must never change
     held_out = hashlib.sha256("\n".join(question_of(p) for p in splits["val"].problems).encode()).hexdigest()
     assert held_out[:16] == "09ee493ae76a7879"
+
+
+# ---------------------------------------------------------------- one's own data, and the other tasks
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+
+
+OWN = [{"question": f"Is {i} even?", "answer": str(i % 2 == 0)} for i in range(30)]
+
+
+def test_own_data_is_one_command(tmp_path):
+    """Question and answer on each line, a test file if there is one, or just one file."""
+    write_lines(tmp_path / "in/train.jsonl", OWN)
+    main(["jsonl", f"--source={tmp_path}/in", "--val=10", "--tokenizer=arithmetic",
+          f"--out_dir={tmp_path}/a"])
+    assert load_manifest(tmp_path / "a")["counts"] == dict(train=20, val=10)
+    assert load_manifest(tmp_path / "a")["label_names"] == ["all"]
+    write_lines(tmp_path / "in/test.jsonl", [{"question": "Is 77 even?", "answer": "False"}])
+    main(["jsonl", f"--source={tmp_path}/in/", "--val=10", "--tokenizer=arithmetic",
+          f"--out_dir={tmp_path}/b/"])
+    assert load_manifest(tmp_path / "b")["counts"] == dict(train=20, val=10, test=1)
+    main(["jsonl", f"--source={tmp_path}/in/train.jsonl", "--val=10", "--tokenizer=arithmetic",
+          f"--out_dir={tmp_path}/c"])
+    for split in ("train", "val"):
+        a, b, c = (load_split(tmp_path / name, split) for name in "abc")
+        assert [p[:-1] for p in a.problems] == [p[:-1] for p in b.problems] == [p[:-1] for p in c.problems]
+    texts = [(question_of(p), p.answer[1:]) for split in ("train", "val") for p in load_split(tmp_path / "a",
+                                                                                              split).problems]
+    assert sorted(texts) == sorted((row["question"], row["answer"]) for row in OWN)
+
+
+def test_own_data_may_have_labels(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [row | {"label": "big" if i > 5 else "a"} for i,
+                                           row in enumerate(OWN)])
+    main(["jsonl", f"--source={tmp_path}", "--val=10", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"])
+    assert load_manifest(tmp_path / "out")["label_names"] == ["a", "big"]
+    data = load_split(tmp_path / "out", "train")
+    for label, p in zip(data.labels, data.problems, strict=True):
+        assert (label == 1) == (p.label == "big") == (int(question_of(p).split()[1]) > 5)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_text(tmp_path):
+    text = "".join(json.dumps(row) + "\r\n" for row in OWN)
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    main(["jsonl", f"--source={tmp_path}", "--val=10", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"])
+    assert len(load_split(tmp_path / "out", "train").problems) == 20
+
+
+def test_a_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lines(tmp_path / "in/train.jsonl", OWN)
+    main(["jsonl", "--source=~/in", "--val=10", "--tokenizer=arithmetic", "--out_dir=~/out"])
+    assert len(load_split("~/out", "val").problems) == 10 and (tmp_path / "out").is_dir()
+
+
+BAD_OWN = {
+    "a lone surrogate in the answer": (r'{"question": "Why?", "answer": "\ud800"}',
+                                       "is not JSON that can be read"),
+    "a lone surrogate in the question": (r'{"question": "\udfff", "answer": "x"}',
+                                         "is not JSON that can be read"),
+    "a surrogate beside": (r'{"question": "Why?", "answer": "x", "note": "\ud800"}',
+                           "is not JSON that can be read"),
+    "nesting": ('{"question": ' + "[" * 100_000, "is not JSON that can be read"),
+    "a nested text": ('{"question": {"text": "Why?"}, "answer": "x"}', 'no text "question"'),
+    "a huge number": ('{"question": ' + "9" * 10_000 + ', "answer": "x"}', "is not JSON"),
+    "NaN": ("NaN", 'no text "question"'), "half a line": ('{"question": "Why?", "ans', "is not JSON"),
+    "NULs": ("\0" * 20, "is not JSON"), "two objects": ('{"question": "a"}{"answer": "b"}', "is not JSON"),
+    "another key": ('{"question": "Why?", "response": "x"}', 'no text "answer"'),
+    "an empty label": ('{"question": "Why?", "answer": "x", "label": ""}', 'no text "label"'),
+    "a number as label": ('{"question": "Why?", "answer": "x", "label": 3}', 'no text "label"'),
+    "an answer of signs": ('{"question": "Why?", "answer": "?!"}', "scoring cannot read"),
+    "an unreadable number": ('{"question": "Why?", "answer": "#### $18"}', "scoring cannot read"),
+    "end of text": ('{"question": "Why?", "answer": "x<|endoftext|>"}', "special token"),
+    "too long": (json.dumps({"question": "Why? " * 1000, "answer": "x"}), "longer than 1024 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OWN)
+def test_own_data_that_cannot_be_used_is_one_line_and_the_old_data_stays(name, tmp_path):
+    line, why = BAD_OWN[name]
+    write_lines(tmp_path / "in/train.jsonl", OWN)
+    command = ["jsonl", f"--source={tmp_path}/in", "--val=10", "--tokenizer=arithmetic",
+               f"--out_dir={tmp_path}/out"]
+    main(command)
+    before = contents(tmp_path)
+    write_lines(tmp_path / "in/train.jsonl", [*OWN[:4], line + "\n", *OWN[4:]])
+    message = error(*command)
+    assert why in message and "train.jsonl line 5" in message and len(message) < 1000
+    write_lines(tmp_path / "in/train.jsonl", OWN)
+    assert contents(tmp_path) == before
+    write_lines(tmp_path / "in/test.jsonl", [*OWN[:4], line + "\n"])
+    if name == "too long":                                   # a test problem that does not fit stays
+        main(command)
+        assert load_manifest(tmp_path / "out")["counts"]["test"] == 5
+    else:
+        assert why in error(*command)
+
+
+def test_long_problems_are_left_out_only_where_the_user_says_so(tmp_path, capsys):
+    write_lines(tmp_path / "train.jsonl", [*OWN, {"question": "Why? " * 1000, "answer": "x"}])
+    main(["jsonl", f"--source={tmp_path}", "--val=10", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out",
+          "--drop_long"])
+    assert sum(load_manifest(tmp_path / "out")["counts"].values()) == 30
+    assert "note: 1 problems of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("val", [0, -1, 30, 31, 10 ** 9])
+def test_what_is_held_out_leaves_something_to_train_on(val, tmp_path):
+    write_lines(tmp_path / "train.jsonl", OWN)
+    assert f"--val={val}" in error("jsonl", f"--source={tmp_path}", f"--val={val}",
+                                   f"--out_dir={tmp_path}/out")
+
+
+def test_data_that_is_nowhere_to_be_downloaded_says_what_to_do(tmp_path):
+    assert "--source=DIR, a folder with train.jsonl" in error("jsonl", f"--out_dir={tmp_path}")
+    assert "TIGER-Lab/MMLU-Pro" in error("mmlu_pro", f"--out_dir={tmp_path}")
+    assert "expected MMLU's folders" in error("mmlu", f"--source={tmp_path}", f"--out_dir={tmp_path}/out")
+    assert "train.jsonl in it" in error("jsonl", f"--source={tmp_path}/none", f"--out_dir={tmp_path}/out")
+
+
+TEXT = st.text(max_size=30).filter(lambda text: "<|endoftext|>" not in text)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=2, max_size=5))
+def test_whatever_is_accepted_comes_back_as_it_was(tmp_path_factory, rows):
+    """Any texts: the tokens say them, the problems hold them, the labels name them; or one line says why."""
+    folder = tmp_path_factory.mktemp("any")
+    rows = [dict(zip(("question", "answer", "label"), row, strict=True)) for row in rows]
+    write_lines(folder / "train.jsonl", rows)
+    try:
+        main(["jsonl", f"--source={folder}", "--val=1", "--tokenizer=arithmetic", f"--out_dir={folder}/out"])
+    except UserError as e:
+        assert str(e).startswith("error: ") and "\n" not in str(e)
+        return
+    manifest, encoding, found = load_manifest(folder / "out"), load_tokenizer("arithmetic"), []
+    for split in ("train", "val"):
+        data = load_split(folder / "out", split)
+        for i, p in enumerate(data.problems):
+            tokens, mask = (z[data.offsets[i]:data.offsets[i + 1]] for z in (data.tokens, data.mask))
+            assert encoding.decode(tokens) == p.prompt + p.answer + "<|endoftext|>"
+            assert encoding.decode(tokens[mask]) == p.answer + "<|endoftext|>"
+            assert manifest["label_names"][data.labels[i]] == p.label
+            found.append((question_of(p), p.answer[1:], p.label))
+    clean = [tuple(row[k].replace("\r\n", "\n").strip() for k in ("question", "answer",
+                                                                  "label")) for row in rows]
+    assert sorted(found) == sorted(clean)
+
+
+PRO = {"question_id": 70, "question": "Typical advertising regulatory bodies?", "answer": "I",
+       "answer_index": 8,
+       "options": [f"Option {i}" for i in range(10)], "category": "business", "src": "ori_mmlu",
+       "cot_content": ""}
+
+
+def test_mmlu_pro_in_the_form_of_its_rows(tmp_path):
+    write_lines(tmp_path / "in/validation.jsonl", [PRO])
+    write_lines(tmp_path / "in/test.jsonl", [PRO | {"options": ["yes", "no", "never"], "answer": "C",
+                                                    "answer_index": 2}])
+    command = ["mmlu_pro", f"--source={tmp_path}/in", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"]
+    main(command)
+    (shot,), (p,) = (load_split(tmp_path / "out", split).problems for split in ("val", "test"))
+    assert shot.answer == " I" and len(shot.choices) == 10 and shot.prompt.count("\n") == 11
+    assert shot.subject == "business"
+    assert p.prompt == "Question: Typical advertising regulatory bodies?\nA. yes\nB. no\nC. never\nAnswer:"
+    assert p.answer == " C" and p.choices == (" A", " B", " C") and p.label == "knowledge"
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest["label_names"] == ["math", "code", "knowledge"] and manifest["shots"] == "val"
+    for change, why in [({"answer": "K"}, "answer 'K'"), ({"answer": "AB"}, "answer 'AB'"),
+                        ({"options": ["one"]}, "1 options"),
+                        ({"options": "abc"}, "no list of texts options"),
+                        ({"options": ["a", 3]}, "no list of texts"),
+                        ({"options": ["x"] * 11}, "11 options"), ({"category": None}, 'no text "category"'),
+                        ({"answer": "C", "options": ["a", "b"]}, "2 options and the answer 'C'"),
+                        ({"answer": ""}, '"answer"')]:
+        write_lines(tmp_path / "in/test.jsonl", [PRO, PRO | change])
+        assert why in (message := error(*command)) and "test.jsonl line 2" in message
+
+
+def test_mmlu_from_its_folders_and_from_its_archive_is_the_same(tmp_path):
+    """The archive's other folders, auxiliary_train, are left alone; a cell may hold a line end."""
+    table = '"Which, of\nthese?",1,"a, b",3,4,B\nQ2?,1,2,3,4,D\n'
+    for split in ("dev", "val", "test", "auxiliary_train"):
+        for subject in ("high_school_physics", "law"):
+            path = tmp_path / f"data/{split}/{subject}_{split}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(table)
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(tmp_path / "data", "data")
+    command = ["mmlu", "--tokenizer=arithmetic"]
+    main([*command, f"--source={tmp_path}/data", f"--out_dir={tmp_path}/a"])
+    main([*command, f"--source={tmp_path}/data.tar", f"--out_dir={tmp_path}/b"])
+    main([*command, f"--source={tmp_path}", f"--out_dir={tmp_path}/c"])
+    for split in ("dev", "val", "test"):
+        a, b, c = (load_split(tmp_path / name, split).problems for name in "abc")
+        assert [p[:-1] for p in a] == [p[:-1] for p in b] == [p[:-1] for p in c] and len(a) == 4
+    assert [p.subject for p in a] == ["high school physics"] * 2 + ["law"] * 2
+    assert a[0].prompt == "Question: Which, of\nthese?\nA. 1\nB. a, b\nC. 3\nD. 4\nAnswer:"
+    assert a[0].answer == " B"
+    for text, why in [("Q?,1,2,3,4,E\n", "the answer 'E'"), ("Q?\n", "not a table"), ('"Q', "not a table"),
+                      ("Q?,1,2,3,4,5,6,7,8,9,10,11,A\n", "11 options"), ("\xff", "not a table")]:
+        (tmp_path / "data/test/law_test.csv").write_bytes(("Q1?,1,2,3,4,A\n" + text).encode("latin-1"))
+        message = error(*command, f"--source={tmp_path}/data", f"--out_dir={tmp_path}/a")
+        assert why in message and "law_test.csv" in message
+    (tmp_path / "data.tar").write_bytes(b"junk")
+    assert "not a tar archive" in error(*command, f"--source={tmp_path}/data.tar", f"--out_dir={tmp_path}/a")
+
+
+MBPP = {"text": "Add two.", "code": "def add(a, b):\r\n  return a + b", "task_id": 700, "test_setup_code": "",
+        "test_list": ["assert add(1, 2) == 3"], "challenge_test_list": []}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n    \"\"\" Add. \"\"\"\n",
+             "entry_point": "add",
+             "canonical_solution": "    return a + b\n", "test": "def check(f):\n    assert f(1, 2) == 3\n"}
+MATH = {"problem": "1/2+1/2?", "solution": "It is $\\boxed{1}$.", "level": "Level 1", "type": "Algebra"}
+
+
+@pytest.mark.parametrize("name, file, row, changes", [
+    ("mbpp", "mbpp.jsonl", MBPP, [({"test_list": "assert"}, "test_list"), ({"test_list": [1]}, "test_list"),
+                                  ({"code": ""}, '"code"'),
+                                  ({"task_id": "7"}, "task_id"), ({"text": None}, '"text"')]),
+    ("humaneval", "HumanEval.jsonl.gz", HUMANEVAL, [({"prompt": 3}, '"prompt"'), ({"test": " "}, '"test"'),
+                                                    ({"entry_point": None}, '"entry_point"')]),
+    ("math", "test.jsonl", MATH, [({"solution": "It is 1."}, "scoring cannot read"),
+                                  ({"solution": r"\boxed{1"}, "scoring cannot read"),
+                                  ({"solution": r"\boxed{}"}, "scoring cannot read"),
+                                  ({"answer": "2"}, "does not box its answer"),
+                                  ({"problem": ""}, '"problem"')]),
+])
+def test_a_bad_row_of_a_benchmark_is_named(name, file, row, changes, tmp_path, capsys):
+    command = [name, f"--source={tmp_path}", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"]
+    write_lines(tmp_path / file, [row, row])
+    main(command)
+    assert "note: " in capsys.readouterr().out or name == "mbpp"         # not the file that everybody knows
+    for change, why in changes:
+        write_lines(tmp_path / file, [row, row | change])
+        message = error(*command)
+        assert why in message and f"{file} line 2" in message
+
+
+def test_math_has_a_training_split_where_the_user_has_it(tmp_path):
+    write_lines(tmp_path / "test.jsonl", [MATH])
+    write_lines(tmp_path / "train.jsonl", [MATH | {"problem": f"{i}?"} for i in range(9)])
+    main(["math", f"--source={tmp_path}", "--val=3", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"])
+    assert load_manifest(tmp_path / "out")["counts"] == dict(train=6, val=3, test=1)
+    assert load_split(tmp_path / "out", "test").problems[0].subject == "Algebra"
+
+
+def test_the_mix_labels_each_problem_by_its_group_and_keeps_its_task(tmp_path, capsys):
+    """Validation has some of each that training has not; MATH only where the user gives it."""
+    folder = tmp_path / "in"
+    write_lines(folder / "g/train.jsonl",
+                [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(540)])
+    write_lines(folder / "g/test.jsonl", [{"question": "test?", "answer": "#### 1"}])
+    write_lines(folder / "b/mbpp.jsonl", [MBPP | {"task_id": i} for i in (5, 100, 550, 700, 701)])
+    for split in ("dev", "val", "test"):
+        write_lines(folder / f"m/{split}/law_{split}.csv", [f"{split} {i}?,1,2,3,4,B\n" for i in range(20)])
+    write_lines(folder / "x/test.jsonl", [MATH])
+    write_lines(folder / "x/train.jsonl", [MATH | {"problem": f"{i}?"} for i in range(505)])
+    command = ["mix", f"--gsm8k={folder}/g", f"--mbpp={folder}/b", f"--mmlu={folder}/m",
+               "--tokenizer=arithmetic",
+               f"--out_dir={tmp_path}/out"]
+    main(command)
+    assert "the mix is without MATH" in capsys.readouterr().out
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest["label_names"] == ["math", "code", "knowledge"] and set(manifest["counts"]) == {"train",
+                                                                                                    "val"}
+    assert "gsm8k/train.jsonl" in manifest["sources"] and "mbpp/mbpp.jsonl" in manifest["sources"]
+    def count(split):
+        return Counter((p.task, p.label) for p in load_split(tmp_path / "out", split).problems)
+    assert count("train") == {("gsm8k", "math"): 40, ("mbpp", "code"): 2, ("mmlu", "knowledge"): 36}
+    assert count("val") == {("gsm8k", "math"): 500, ("mbpp", "code"): 1, ("mmlu", "knowledge"): 4}
+    prompts = [{p.prompt for p in load_split(tmp_path / "out",
+                                             split).problems if p.task != "mbpp"} for split in ("train",
+                                                                                                "val")]
+    assert prompts[0].isdisjoint(prompts[1]) and not any("test" in prompt for prompt in set.union(*prompts))
+    main([*command, f"--math={folder}/x", "--subset=50"])
+    assert load_manifest(tmp_path / "out")["counts"]["train"] == 50
+    assert Counter(p.task for p in load_split(tmp_path / "out", "val").problems)["math"] == 500
+    (folder / "g/test.jsonl").unlink()
+    assert "g/test.jsonl" in error(*command)
+
+
+def test_a_batch_is_the_examples_padded_and_an_epoch_has_each_of_them_once(arithmetic):
+    """Against loops over the examples."""
+    data = load_split(arithmetic, "val")
+    idx, (rows, columns), y, label = batch_of(data, [7, 3, 490], "cpu")
+    found = {(int(r), int(c)): int(t) for r, c, t in zip(rows, columns, y, strict=True)}
+    want, longest = {}, 0
+    for row, i in enumerate((7, 3, 490)):
+        tokens, mask = (z[data.offsets[i]:data.offsets[i + 1]].tolist() for z in (data.tokens, data.mask))
+        longest = max(longest, len(tokens) - 1)
+        assert idx[row, :len(tokens) - 1].tolist() == tokens[:-1] and label[row] == data.labels[i]
+        want |= {(row, k): tokens[k + 1] for k in range(len(tokens) - 1) if mask[k + 1]}
+    assert found == want and idx.shape == (3, longest)
+
+    lengths = np.diff(data.offsets)
+    epoch = batches_of_epoch(lengths, 16, 2, [1, 0])
+    assert epoch.shape == (31, 2, 8) and len(set(epoch.flatten().tolist())) == 31 * 16
+    assert np.mean([lengths[ids].max() - lengths[ids].mean() for step in epoch for ids in step]) < 1
+    assert (batches_of_epoch(lengths, 16, 2, [1, 0]) == epoch).all()
+    assert (batches_of_epoch(lengths, 16, 2, [1, 1]) != epoch).any()
+    assert set(batches_of_epoch(lengths[:5], 8, 1, 0).flatten().tolist()) == set(range(5))    # to fill one
 
 
 # ---------------------------------------------------------------- reading back
@@ -460,7 +773,8 @@ def copy(arithmetic, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"counts": {}, "n_labels": 1, "label_names": []}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}",
+                                  '{"counts": {}, "n_labels": 1, "label_names": []}', "\x00"])
 def test_a_damaged_manifest_is_refused(copy, text):
     (copy / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="manifest.json is damaged.*python prepare_data.py"):
@@ -492,11 +806,11 @@ def test_damaged_arrays_are_refused(copy):
         path.write_bytes(bad)
         with pytest.raises(UserError, match="damaged"):
             load_split(copy, "val")
-    for i in range(40):                              # one flipped byte, in the arrays or in the zip's own fields
+    for i in range(40):                              # one flipped byte, in the arrays or in the zip's fields
         place = random.Random(i).randrange(len(good))
         path.write_bytes(good[:place] + bytes([good[place] ^ 255]) + good[place + 1:])
         try:
-            data = load_split(copy, "val")           # fine if it hit a field that says nothing about the content
+            data = load_split(copy, "val")           # fine if the byte says nothing about the content
         except UserError:
             continue
         assert all(np.array_equal(arrays[k], getattr(data, k)) for k in arrays)
@@ -527,7 +841,8 @@ def test_a_bad_command_is_one_line(tmp_path, capsys):
     assert "plain" in error("arithmetic", f"--out_dir={tmp_path}/plain/x")
     main([])
     assert "arithmetic|styles|gsm8k" in capsys.readouterr().out
-    result = subprocess.run([sys.executable, ROOT / "prepare_data.py", "nonsense"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, ROOT / "prepare_data.py", "nonsense"], capture_output=True,
+                            text=True)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and not result.stdout
 
 

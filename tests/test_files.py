@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
 
 # ---------------------------------------------------------------------------------- downloads
 class Server(ThreadingHTTPServer):
-    """Serves `content` with ETag and Range; `faults` holds one fault per request, None or nothing = behave."""
+    """Serves `content` with ETag and Range; `faults` holds one fault per request, None: behave."""
     content, etag, ranges, faults = DATA, '"one"', True, ()
 
     def __init__(self):
@@ -228,7 +228,8 @@ def test_a_cut_download_continues_where_it_stopped(server, tmp_path):
     fetch(server, path)
     assert path.read_bytes() == DATA and only_file(path)
     assert "Range" not in server.requests[0] and all(r["If-Range"] == '"one"' for r in server.requests[1:])
-    assert 80_000 < start_of(server.requests[1]) <= 100_000 and 160_000 < start_of(server.requests[2]) <= 200_000
+    assert 80_000 < start_of(server.requests[1]) <= 100_000
+    assert 160_000 < start_of(server.requests[2]) <= 200_000
 
 
 def test_a_later_call_continues_the_part(server, tmp_path, monkeypatch):
@@ -271,7 +272,7 @@ def test_a_file_that_changed_between_parts_is_never_mixed(server, tmp_path, monk
     with pytest.raises(UserError):
         fetch(server, path)
     server.content, server.etag = DATA, '"new"'
-    fetch(server, path, sha256=None)                 # no hash to save it: If-Range alone must prevent the mixture
+    fetch(server, path, sha256=None)                 # no hash to save it: If-Range alone prevents the mixture
     assert server.requests[-1]["If-Range"] == '"old"' and path.read_bytes() == DATA
 
 
@@ -348,7 +349,8 @@ def test_a_damaged_part_is_found_by_the_hash_and_fetched_again(server, tmp_path)
 
 
 def test_an_address_without_a_server_is_named(server, tmp_path):
-    for url, why in (("http://127.0.0.1:9/x", "connection failed"), ("nonsense", "nonsense"), ("ftp://x/y", "ftp")):
+    for url, why in (("http://127.0.0.1:9/x", "connection failed"), ("nonsense", "nonsense"),
+                     ("ftp://x/y", "ftp")):
         with pytest.raises(UserError, match=why):
             download(url, tmp_path / "file", 1, None)
 

@@ -25,13 +25,30 @@ import tasks
 from arithmetic import OBJECTS, ONLY, in_style
 from configurator import UserError
 from sandbox import run
-from tasks import (GROUPS, TASKS, Problem, Score, allow_code, boxed, check_gold, few_shot, flexible_answer,
-                   majority, normalise, pass_at_k, rows, score, strict_answer, vote)
+from tasks import (
+    GROUPS,
+    TASKS,
+    Problem,
+    Score,
+    allow_code,
+    boxed,
+    check_gold,
+    few_shot,
+    flexible_answer,
+    majority,
+    normalise,
+    pass_at_k,
+    rows,
+    score,
+    strict_answer,
+    vote,
+)
 from tokens import choice_tokens, load_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 BENCHMARKS = SHARED / "benchmarks"
-needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"the benchmarks' files are not in {BENCHMARKS}")
+needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(),
+                                      reason=f"the benchmarks' files are not in {BENCHMARKS}")
 
 
 def problem(answer, task="gsm8k", **more):
@@ -47,10 +64,6 @@ def perturbed(text, rng):
     """The text with one of its digits changed."""
     i = rng.choice([m.start() for m in re.finditer("[0-9]", text)])
     return text[:i] + str((int(text[i]) + rng.randint(1, 9)) % 10) + text[i + 1:]
-
-
-def all_zero(problems, outputs):
-    return not any(any(score(p, output)[:2]) for p, output in zip(problems, outputs, strict=True))
 
 
 # ---------------------------------------------------------------------------------- numbers after ####
@@ -81,7 +94,7 @@ def all_zero(problems, outputs):
     ("18 apples and 3 pears.", "#### 18", False, False, False),
     ("18 apples and 3 pears.", "#### 3", False, True, False),
     ("no number at all", "#### 18", False, False, False),
-    ("#### 7\nQuestion: 9+9?\nAnswer: 18\n#### 18", "#### 18", False, False, True),    # run-on text does not count
+    ("#### 7\nQuestion: 9+9?\nAnswer: 18\n#### 18", "#### 18", False, False, True),   # run-on text: no
     ("#### 18\nQuestion: 3+4?\nAnswer: 7\n#### 7", "#### 18", True, True, True),
     ("7\nQuestion: 9+9?\nAnswer: 18\n#### 18", "#### 18", False, False, False),
     ("#### 7\n#### 18", "#### 18", False, False, True),           # the first counts
@@ -99,7 +112,8 @@ def test_an_output_is_worth_what_its_number_is(output, gold, strict, flexible, w
 
 @pytest.mark.parametrize("answers, chosen", [
     ([], None), ([None], None), ([None, None], None), ([7], 7), ([None, 7], 7), ([None, None, 7], 7),
-    ([7, None, None, None], 7), ([1, 2, 2], 2), ([2, 1, 2], 2), ([1, 2], 1), ([2, 1], 2), ([3, 1, 1, 2, 2], 1),
+    ([7, None, None, None], 7), ([1, 2, 2], 2), ([2, 1, 2], 2), ([1, 2], 1), ([2, 1], 2),
+    ([3, 1, 1, 2, 2], 1),
     ([3, 2, 1, 1, 2], 2), ([None, 0, 5, 0], 0), ([0, 5], 0), ([1, None, 2, None, 2], 2),
 ])
 def test_the_majority_is_the_first_of_the_most_frequent_answers(answers, chosen):
@@ -119,14 +133,14 @@ def test_the_majority_is_the_first_of_the_most_frequent_answers(answers, chosen)
     (["7", "7", "#### 18"], 2, True, False, True),
     (["a #### 1,234", "b #### 18", "c #### 18.00"], 1, True, True, True),  # numbers, not how they are written
     (["a #### 7\nQuestion: #### 18", "b #### 18", "c #### 7"], 0, False, False, True),
-    (["7\nQuestion: 9+9?\n#### 18", "#### 18"], 1, True, False, True),    # flexible: 7 and 18, the first counts
+    (["7\nQuestion: 9+9?\n#### 18", "#### 18"], 1, True, False, True),   # flexible: 7 and 18, so 7
 ])
 def test_a_vote_counts_strict_and_flexible_answers_apart(outputs, chosen, strict, flexible, well_formed):
     assert vote(problem("some steps\n#### 18"), outputs) == (outputs[chosen], (strict, flexible, well_formed))
 
 
 def test_a_gold_answer_without_a_number_is_never_met():
-    """Nothing equals nothing, so an empty output would be flexibly right where the gold has no strict number."""
+    """Nothing equals nothing, so an empty output would be right where the gold has no strict number."""
     assert score(problem("#### $18"), "")[:2] == (False, False)
     assert score(problem("#### unknown"), "no idea")[:2] == (False, False)
 
@@ -155,11 +169,12 @@ def test_every_answer_of_gsm8k_scores_itself_and_no_perturbed_one_does(tmp_path)
         steps, last = p.answer.split("#### ")
         assert strict_answer(p.answer) == int(last.replace(",", "")) == authors(p.answer)
         wrong = perturbed(last, rng)
-        assert score(p, f"{steps}#### {wrong}") == (False, False, True) and score(p, "") == (False, False, False)
+        assert score(p, f"{steps}#### {wrong}") == (False, False, True) and not any(score(p, ""))
 
 
 # ------------------------------------------------------------------------------- golds that can be read
-@pytest.mark.parametrize("tail", ["18", "-3", "1,234", "12,345,678.90", "0", "18.", "0.5", "007", "18 ", "18\n"])
+@pytest.mark.parametrize("tail", ["18", "-3", "1,234", "12,345,678.90", "0", "18.", "0.5", "007", "18 ",
+                                  "18\n"])
 def test_a_plain_number_is_a_gold(tail):
     check_gold(problem(f"so it is\n#### {tail}"))
     check_gold(problem(f"so it is\n#### {tail}", task="jsonl"))
@@ -168,24 +183,29 @@ def test_a_plain_number_is_a_gold(tail):
 @pytest.mark.parametrize("answer", [
     "#### $18", "####18", "#### \u22125", "#### 1/2", "#### 18%", "#### 18 apples", "#### 1e3", "#### 1 234",
     "#### 1,2", "#### 12,34", "#### 1,234,5", "#### 1.2.3", "#### 1.234,5", "#### ,5", "#### --5", "#### 5-3",
-    "#### \u0663", "#### \uff11", "#### \u00bd", "#### +5", "#### (5)", "#### 5\u00b0", "####\t18", "####\n18",
-    "####  18", "#### ", "####", "####.", "#### .", "#### -", "#### 18\nor 19", "#### 18 #### 18", "#### 3\n#### 4",
-    "#### 18 <<x>>", "#### 18\nQuestion: And?", "Question:\nQuestion: no\n#### 18", "#### 0x12", "#### 1_000", "#### .5",
-    "#### inf", "#### nan", "#### " + "9" * 5000, "#### 18\u200b", "#### \u202e18", "####\u00a018", "### 18", "18",
-    "It is 18.",
+    "#### \u0663", "#### \uff11", "#### \u00bd", "#### +5", "#### (5)", "#### 5\u00b0", "####\t18",
+    "####\n18",
+    "####  18", "#### ", "####", "####.", "#### .", "#### -", "#### 18\nor 19", "#### 18 #### 18",
+    "#### 3\n#### 4",
+    "#### 18 <<x>>", "#### 18\nQuestion: And?", "Question:\nQuestion: no\n#### 18", "#### 0x12", "#### 1_000",
+    "#### .5", "#### inf", "#### nan", "#### " + "9" * 5000, "#### 18\u200b", "#### \u202e18", "####\u00a018",
+    "### 18",
+    "18", "It is 18.",
 ])
 def test_a_gold_that_scoring_cannot_read_whole_is_refused(answer):
     with pytest.raises(UserError) as e:
         check_gold(problem(answer))
     message = str(e.value)
-    assert message.startswith("error: here: ") and '"#### " and a plain number' in message and "\n" not in message
+    assert message.startswith("error: here: ") and '"#### " and a plain number' in message
+    assert "\n" not in message
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.text("0123456789,.-$ /\n#e\u2212", max_size=12) | st.text(max_size=8), st.sampled_from(["#### ", "####"]))
+@given(st.text("0123456789,.-$ /\n#e\u2212", max_size=12) | st.text(max_size=8),
+       st.sampled_from(["#### ", "####"]))
 @example("1,000", "#### ")
 def test_whatever_gold_is_accepted_is_read_by_everybody_as_the_same_number(tail, mark):
-    """Golds as anyone may write them: those that pass are the authors' number, the flexible reader's and Python's."""
+    """Golds as anyone may write them: those that pass are one number for the authors, us and Python."""
     text = f"steps 3+4 = 7\n{mark}{tail}"
     p = problem(text)
     try:
@@ -201,8 +221,10 @@ def test_whatever_gold_is_accepted_is_read_by_everybody_as_the_same_number(tail,
 
 # ---------------------------------------------------------------------------------- one's own data
 @pytest.mark.parametrize("output, right", [
-    ("Paris", True), (" paris.", True), ("PARIS\n", True), ("\u201cParis", False), ("Paris, France", False), ("", False),
-    ("Paris\nQuestion: And of Spain?\nAnswer: Madrid", True), ("Madrid", False), ("the Paris", False), ("'Paris'!", True),
+    ("Paris", True), (" paris.", True), ("PARIS\n", True), ("\u201cParis", False), ("Paris, France", False),
+    ("", False),
+    ("Paris\nQuestion: And of Spain?\nAnswer: Madrid", True), ("Madrid", False), ("the Paris", False),
+    ("'Paris'!", True),
 ])
 def test_words_are_compared_but_for_case_spacing_and_final_signs(output, right):
     assert score(problem("Paris", task="jsonl"), output) == (right, right, bool(output))
@@ -231,9 +253,11 @@ TEN = tuple(f" {c}" for c in "ABCDEFGHIJ")
 
 
 @pytest.mark.parametrize("output, strict, flexible", [
-    ("B", True, True), (" B", True, True), ("\nB", True, True), ("B.", True, True), ("B) because", True, True),
+    ("B", True, True), (" B", True, True), ("\nB", True, True), ("B.", True, True),
+    ("B) because", True, True),
     ("B\nQuestion: next", True, True), ("Because", False, False), ("B's", False, False), ("BC", False, False),
-    ("C", False, False), ("", False, False), ("The answer is B.", False, True), ("The answer is (B)", False, True),
+    ("C", False, False), ("", False, False), ("The answer is B.", False, True), ("The answer is (B)", False,
+                                                                                 True),
     ("It is A or B", False, False), ("I think B", False, True), ("b", False, False), ("E", False, False),
     ("A, so the answer is B", False, False), ("(B)", False, True),
 ])
@@ -243,7 +267,8 @@ def test_a_letter_is_the_first_thing_that_is_written(output, strict, flexible):
 
 def test_every_letter_scores_itself_and_no_other():
     for right, written in itertools.product(TEN, TEN):
-        assert score(problem(right.strip(), task="mmlu_pro", choices=TEN), written) == (right == written,) * 2 + (True,)
+        assert score(problem(right.strip(), task="mmlu_pro", choices=TEN),
+                     written) == (right == written,) * 2 + (True,)
 
 
 @needs_benchmarks
@@ -259,7 +284,9 @@ def test_all_golds_of_mmlu_score_themselves(tmp_path):
     path = BENCHMARKS / "mmlu/test/anatomy_test.csv"
     with open(path, newline="") as f:
         for row, p in zip(csv.reader(f), [p for p in splits["test"] if p.subject == "anatomy"], strict=True):
-            assert p.prompt == "Question: {}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(*map(str.strip, row[:1]), *row[1:5])
+            assert p.prompt == "Question: {}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(*map(str.strip,
+                                                                                               row[:1]),
+                                                                                               *row[1:5])
             assert p.answer == f" {row[5]}"
 
 
@@ -278,31 +305,43 @@ def test_letters_are_single_tokens_after_what_they_share(monkeypatch):
 # ---------------------------------------------------------------------------------- formulas
 @pytest.mark.parametrize("text, inside", [
     (r"so \boxed{5}.", "5"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} no, \boxed{2}", "2"),
-    (r"\boxed{\{1,\{2\}\}}", r"\{1,\{2\}\}"), (r"\boxed{", None), (r"\boxed{\frac{1}{2}", None), ("5", None), ("", None),
-    (r"\fbox{3}", "3"), (r"\boxed{}", ""), (r"\boxed{a}\boxed{b", None), ("x" * 10_000 + r"\boxed{7}" + "}" * 50, "7"),
+    (r"\boxed{\{1,\{2\}\}}", r"\{1,\{2\}\}"), (r"\boxed{", None), (r"\boxed{\frac{1}{2}", None), ("5", None),
+    ("", None),
+    (r"\fbox{3}", "3"), (r"\boxed{}", ""), (r"\boxed{a}\boxed{b", None),
+    ("x" * 10_000 + r"\boxed{7}" + "}" * 50, "7"),
 ])
 def test_the_last_box_is_read_with_its_braces_counted(text, inside):
     assert boxed(text) == inside
 
 
-SAME = [  # the examples of the comments in Hendrycks' math_equivalence.py and of Minerva's appendix, and our own
-    (r"\frac12", r"\frac{1}{2}", "1/2", r"\dfrac{1}{2}", r"\tfrac12", "0.5", ".5", r"\frac 12", r"\frac{1}{2}.", "0.50"),
+SAME = [  # the examples in the comments of Hendrycks' math_equivalence.py, of Minerva's appendix, and our own
+    (r"\frac12", r"\frac{1}{2}", "1/2", r"\dfrac{1}{2}", r"\tfrac12", "0.5", ".5", r"\frac 12",
+     r"\frac{1}{2}.", "0.50"),
     (r"\frac1{72}", r"\frac{1}{72}", "1/72"), (r"\sqrt3", r"\sqrt{3}"), (r"\sqrt 3", r"\sqrt{3}"),
-    ("10", "10.", "10.0", "010", r"10\%", r"\$10", "$10$", r"10^\circ", r"10^{\circ}", r"10 \text{ cm}", r"10\mbox{ cm}^2",
+    ("10", "10.", "10.0", "010", r"10\%", r"\$10", "$10$", r"10^\circ", r"10^{\circ}", r"10 \text{ cm}",
+     r"10\mbox{ cm}^2",
      "10 inches", r"x=10", "x = 10", r"10\!", r"\text{10}", r"10\text{ square units}"),
     ("10,000", "10000", r"10,\!000", "10{,}000", r"\$10,000"), (r"\left( 1, 2 \right)", "(1,2)", r"(1,\,2)"),
-    (r"\text{Evelyn}", "Evelyn", r"\textbf{Evelyn}", r"\mathrm{Evelyn}"), (r"\text{(C)}", "C", "(C)", r"\text{C}"),
-    ("4210_{5}", "4210_5"), ("x^{2}+1", "x^2+1", "x^2 + 1"), (r"-\frac{1}{3}", r"\frac{-1}{3}", "-1/3", r"-\frac13"),
-    (r"x \in [-2,7]", "[-2,7]"), (r"\frac{\sqrt3}3", r"\frac{\sqrt{3}}{3}"), ("-.25", "-0.25"), ("3.210", "3.21"),
+    (r"\text{Evelyn}", "Evelyn", r"\textbf{Evelyn}", r"\mathrm{Evelyn}"), (r"\text{(C)}", "C", "(C)",
+                                                                           r"\text{C}"),
+    ("4210_{5}", "4210_5"), ("x^{2}+1", "x^2+1", "x^2 + 1"), (r"-\frac{1}{3}", r"\frac{-1}{3}", "-1/3",
+                                                              r"-\frac13"),
+    (r"x \in [-2,7]", "[-2,7]"), (r"\frac{\sqrt3}3", r"\frac{\sqrt{3}}{3}"), ("-.25", "-0.25"),
+    ("3.210", "3.21"),
     (r"\begin{pmatrix} 1/5 \\ -2 \end{pmatrix}", r"\begin{pmatrix}\frac{1}{5}\\-2\end{pmatrix}"),
     (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ", r"\frac{270}{7}"),
 ]
 DIFFERENT = [
-    "1", "-1", "2", "10", "12", r"\frac{1}{2}", r"\frac{2}{1}", r"-\frac{1}{2}", r"1\frac{1}{2}", "0.25", "2.5", "25", "0.2", "20",
-    r"\sqrt{2}", r"\sqrt{12}", r"2\sqrt{2}", "x", "2x", "x^2", "x_2", "x^{12}", "x^12" + "3", "(1,2)", "[1,2]", "(1,2]", "(2,1)", "1,2",
-    "(12)", r"\{1,2\}", r"\pi", r"2\pi", r"\frac{\pi}{2}", "i", "1+i", "1-i", r"1\pm i", "A", "B", "Evelyn", "Evel", r"\infty",
-    r"-\infty", r"(1,2)\cup(3,4)", "10_2", "10_3", "y=2x+1" + "0", r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\-2\end{pmatrix}",
-    r"\begin{pmatrix}12\end{pmatrix}", r"\frac{3}{4}", r"\frac{1}{34}", r"\frac{13}{4}", "1234", "12.34", "12,34", r"\cot x", r"\tan x",
+    "1", "-1", "2", "10", "12", r"\frac{1}{2}", r"\frac{2}{1}", r"-\frac{1}{2}", r"1\frac{1}{2}", "0.25",
+    "2.5", "25", "0.2", "20",
+    r"\sqrt{2}", r"\sqrt{12}", r"2\sqrt{2}", "x", "2x", "x^2", "x_2", "x^{12}", "x^12" + "3", "(1,2)",
+    "[1,2]", "(1,2]", "(2,1)", "1,2",
+    "(12)", r"\{1,2\}", r"\pi", r"2\pi", r"\frac{\pi}{2}", "i", "1+i", "1-i", r"1\pm i", "A", "B", "Evelyn",
+    "Evel", r"\infty",
+    r"-\infty", r"(1,2)\cup(3,4)", "10_2", "10_3", "y=2x+1" + "0", r"\begin{pmatrix}1\\2\end{pmatrix}",
+    r"\begin{pmatrix}1\\-2\end{pmatrix}",
+    r"\begin{pmatrix}12\end{pmatrix}", r"\frac{3}{4}", r"\frac{1}{34}", r"\frac{13}{4}", "1234", "12.34",
+    "12,34", r"\cot x", r"\tan x",
 ]
 
 
@@ -320,15 +359,18 @@ def test_formulas_that_differ_stay_apart():
 def math500(tmp_path_factory):
     if not BENCHMARKS.is_dir():
         pytest.skip(f"the benchmarks' files are not in {BENCHMARKS}")
-    return load("math", tmp_path_factory.mktemp("math"), source=str(BENCHMARKS / "math500_test.jsonl"))["test"]
+    return load("math", tmp_path_factory.mktemp("math"),
+                source=str(BENCHMARKS / "math500_test.jsonl"))["test"]
 
 
 REWRITINGS = {  # harmless: every formula means the same after each
     "spaces": lambda f: re.sub(r"(?<![\\a-zA-Z,{])([+=()-])", r" \1 ", f),
-    "no spaces": lambda f: re.sub(r"(?<=[^a-zA-Z\\]) +(?=[^a-zA-Z\\])", "", f) if "text" not in f and "mbox" not in f else f,
+    "no spaces": lambda f: re.sub(r"(?<=[^a-zA-Z\\]) +(?=[^a-zA-Z\\])", "",
+                                  f) if "text" not in f and "mbox" not in f else f,
     "thin spaces": lambda f: f.replace(" ", r"\, ") if r"\\" not in f else f,
     "dollars": lambda f: f"${f}$",
-    "left and right": lambda f: re.sub(r"(?<!\\)([])])", r"\\right\1", re.sub(r"(?<!\\)([[(])", r"\\left\1", f)),
+    "left and right": lambda f: f if "left" in f else re.sub(r"(?<!\\)([\[(])", r"\\left\1", re.sub(
+        r"(?<!\\)([\])])", r"\\right\1", f)),
     "dfrac": lambda f: re.sub(r"\\frac", r"\\dfrac", f),
     "tfrac": lambda f: re.sub(r"\\frac", r"\\tfrac", f),
     "slash": lambda f: re.sub(r"^(-?)\\d?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", f),
@@ -363,10 +405,11 @@ def test_harmless_rewriting_of_the_500_golds_changes_nothing(name, math500):
 
 
 class Value:
-    """The number that a formula of digits, fractions, roots, pi, i and signs is, by recursive descent; else ValueError."""
+    """The number that a formula of digits, fractions, roots, pi, i and signs is; ValueError for another."""
 
     def __init__(self, formula):
-        formula = re.sub(r"^(-?)\\?\$", r"\1", re.sub(r"\\(text|mbox)\{[^}]*\}(\^2)?$|\^\\circ|\\!", "", formula))
+        formula = re.sub(r"^(-?)\\?\$", r"\1", re.sub(r"\\(text|mbox)\{[^}]*\}(\^2)?$|\^\\circ|\\!", "",
+                                                      formula))
         formula = re.sub(r"(?<=\d),\s*(?=\d{3}\b)", "", formula).removeprefix("x=")
         self.tokens = re.findall(r"\\d?frac|\\[a-z]+|\d*\.\d+|\d+(?!\d*\.\d)|\S", formula)
         self.number = self.sum()
@@ -421,9 +464,12 @@ def value(formula):
 
 
 def test_the_evaluation_evaluates():
-    known = {r"\frac12": 0.5, r"-\frac{3\sqrt{3}}{4}": -0.75 * 3 ** 0.5, r"\frac{270}7\text{ degrees}": 270 / 7, "6 - 5i": 6 - 5j,
-             r"11,\! 111": 11111, r"\$32,\!348": 32348, "58,500": 58500, r"288 \pi": 288 * math.pi, ".0000672": 6.72e-5, "x": None,
-             "(1,2)": None, r"18+2\pi": 18 + 2 * math.pi, r"\frac{20000}{\pi}": 20000 / math.pi, "90^\\circ": 90, "x=5": 5}
+    known = {r"\frac12": 0.5, r"-\frac{3\sqrt{3}}{4}": -0.75 * 3 ** 0.5,
+             r"\frac{270}7\text{ degrees}": 270 / 7, "6 - 5i": 6 - 5j,
+             r"11,\! 111": 11111, r"\$32,\!348": 32348, "58,500": 58500, r"288 \pi": 288 * math.pi,
+             ".0000672": 6.72e-5, "x": None,
+             "(1,2)": None, r"18+2\pi": 18 + 2 * math.pi, r"\frac{20000}{\pi}": 20000 / math.pi,
+             "90^\\circ": 90, "x=5": 5}
     for formula, want in known.items():
         assert value(formula) == (want if want is None else pytest.approx(want)), formula
 
@@ -487,23 +533,27 @@ ATTACKS = {
     "an exception": ("1 / 0", True), "no Python": ("def f(:", False), "nothing": ("raise SystemExit", True),
     "a crash": ("import ctypes\nctypes.string_at(0)", True), "abort": ("import os\nos.abort()", True),
     "an endless loop": ("while True: pass", True),
-    "a loop that catches everything": ("while True:\n try:\n  while True: pass\n except BaseException: pass", True),
+    "a loop that catches everything": ("while True:\n try:\n  while True: pass\n except BaseException: pass",
+                                       True),
     "ignored signals": ("import signal\nfor s in range(1, 32):\n try: signal.signal(s, signal.SIG_IGN)\n"
                         " except OSError: pass\nwhile True: pass", True),
     "sleep": ("import time\ntime.sleep(1000)", True),
     "a flood of print": ("while True: print('x' * 10_000)", True),
-    "a flood of every descriptor": ("import os\nwhile True:\n for fd in range(64):\n  try: os.write(fd, b'x' * 10_000)\n"
-                                    "  except OSError: pass", True),
+    "a flood of every descriptor": ("import os\nwhile True:\n for fd in range(64):\n"
+                                    "  try: os.write(fd, b'x' * 10_000)\n  except OSError: pass", True),
     "a fork bomb": ("import os\nwhile True:\n try: os.fork()\n except OSError: pass", True),
-    "a thread bomb": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()", True),
+    "a thread bomb": ("import threading, time\nwhile True:\n"
+                      " threading.Thread(target=time.sleep, args=(99,)).start()", True),
     "memory": ("x = []\nwhile True: x.append(bytearray(10_000_000))", True),
     "a big number": ("9 ** 9 ** 9", True), "deep recursion": ("def f(): f()\nf()", True),
     "deep brackets": ("(" * 100_000 + ")" * 100_000, False),
     "a full disk": ("f = open('f', 'wb')\nwhile True: f.write(bytes(1_000_000)); f.flush()", True),
     "many files": ("i = 0\nwhile True:\n open(f'{i}', 'wb').write(bytes(100_000)); i += 1", True),
     "a deleted working directory": ("import os, shutil\nshutil.rmtree(os.getcwd())\nopen('f', 'w')", True),
-    "kill all": ("import os\nos.kill(-1, 9)", True), "kill the parent": ("import os\nos.kill(os.getppid(), 9)\n1 / 0", True),
-    "stop": ("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\nos.kill(0, signal.SIGSTOP)\nwhile True: pass", True),
+    "kill all": ("import os\nos.kill(-1, 9)", True),
+    "kill the parent": ("import os\nos.kill(os.getppid(), 9)\n1 / 0", True),
+    "stop": ("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\nos.kill(0, signal.SIGSTOP)\n"
+             "while True: pass", True),
     "the network": ("import socket\nsocket.create_connection(('127.0.0.1', 80), 1)", True),
     "a surrogate": ("'\ud800'", False), "a NUL": ("x = '\0'", False), "input": ("input()", True),
 }
@@ -517,13 +567,15 @@ def test_an_attack_costs_one_problem(name, tmp_path, monkeypatch):
     started = time.monotonic()
     assert run(code, seconds=1)[:2] == (compiles, False)
     assert time.monotonic() - started < 8
-    assert "sandbox.py" not in subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout
+    assert "sandbox.py" not in subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True,
+                                              text=True).stdout
     assert run("assert sorted([2, 1]) == [1, 2]")[:2] == (True, True)
 
 
 def test_a_program_that_leaves_processes_behind_takes_them_along():
     """Even one in a session of its own, which no signal to a group reaches."""
-    code = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n  open('/proc/self/comm', 'w').write('left-behind')\n  time.sleep(99)"
+    code = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n" \
+           "  open('/proc/self/comm', 'w').write('left-behind')\n  time.sleep(99)"
     outcome = run(code)
     if "processes of its own" in outcome.lacks:
         pytest.skip("this system grants no process namespace")
@@ -532,7 +584,8 @@ def test_a_program_that_leaves_processes_behind_takes_them_along():
 
 
 def test_a_program_starts_in_an_empty_directory_that_it_may_write():
-    assert run("import os\nassert os.listdir() == []\nopen('f', 'w').write('x')\nassert open('f').read() == 'x'").passed
+    assert run("import os\nassert os.listdir() == []\nopen('f', 'w').write('x')\n"
+               "assert open('f').read() == 'x'").passed
     assert run("import os\nassert os.listdir() == []").passed            # of its own, each time
 
 
@@ -548,8 +601,9 @@ def test_no_file_outside_is_changed(tmp_path):
     target.write_text("precious")
     tmp_path.chmod(0o777)
     target.chmod(0o666)
-    outcome = run(f"import os\nfor do in (lambda: open({str(target)!r}, 'w'), lambda: os.remove({str(target)!r}),\n"
-                  f"           lambda: open({str(tmp_path / 'new')!r}, 'w')):\n try: do()\n except OSError: pass")
+    old, new = str(target), str(tmp_path / "new")
+    outcome = run(f"import os\nfor do in (lambda: open({old!r}, 'w'), lambda: os.remove({old!r}),\n"
+                  f"           lambda: open({new!r}, 'w')):\n try: do()\n except OSError: pass")
     if "read-only files" in outcome.lacks:
         pytest.skip("this system grants no read-only view of the files")
     assert outcome.passed and target.read_text() == "precious" and list(tmp_path.iterdir()) == [target]
@@ -557,15 +611,17 @@ def test_no_file_outside_is_changed(tmp_path):
 
 def test_limits_hold():
     """As the program itself sees them."""
-    assert run("import resource as r\nassert r.getrlimit(r.RLIMIT_CORE)[1] == 0 and r.getrlimit(r.RLIMIT_NOFILE)[1] == 64\n"
-               f"assert r.getrlimit(r.RLIMIT_FSIZE)[1] == {sandbox.DISK}").passed
+    limits = dict(CORE=0, NOFILE=64, FSIZE=sandbox.DISK, AS=sandbox.MEMORY, CPU=11)
+    assert run("import resource as r\n" + "\n".join(f"assert r.getrlimit(r.RLIMIT_{name}) == ({n}, {n})"
+                                                    for name, n in limits.items())).passed
     assert run("import os\nassert os.getuid() != 0 and os.geteuid() != 0").passed
     assert run("import os\ntry: os.setuid(0)\nexcept OSError: pass\nassert os.getuid() != 0").passed
 
 
 def test_what_the_system_does_not_grant_is_said(monkeypatch, tmp_path, capsys):
     """A system without namespaces: a sandbox.py whose unshare always fails."""
-    text = Path(sandbox.__file__).read_text().replace("libc.unshare(", "bool(").replace("libc.syscall(", "bool(")
+    text = Path(sandbox.__file__).read_text().replace("libc.unshare(", "bool(").replace("libc.syscall(",
+                                                                                        "bool(")
     (tmp_path / "sandbox.py").write_text(text)
     monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
     assert run("assert True") == (True, True, ("network", "processes of its own", "read-only files"))
@@ -600,7 +656,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
             for k in range(1, n + 1):
                 subsets = list(itertools.combinations(samples, k))
                 assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    assert pass_at_k(200, 0, 100) == 0 and pass_at_k(200, 200, 1) == 1 and pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    assert pass_at_k(200, 0, 100) == 0 and pass_at_k(200, 200, 1) == 1 and pass_at_k(10, 3,
+                                                                                     1) == pytest.approx(0.3)
 
 
 # ---------------------------------------------------------------------------------- groups, styles, shots
@@ -627,16 +684,19 @@ def test_only_a_label_tells_the_style_and_some_things_are_asked_by_one_group_alo
 
 def test_both_styles_answer_the_same_questions_with_the_same_numbers(styles, tmp_path):
     """The calculations of an answer are those of the arithmetic task, whose problems these are."""
+    def sums(text):
+        return re.findall(r"<<[^>]*>>\d+", text), text.split("####")[1]
+
     plain = {p.prompt: p.answer for p in load("arithmetic", tmp_path, train=2000, mix=200)["train"]}
     same = 0
     for p in styles["train"]:
         assert score(p, p.answer) == (True, True, True)
-        assert in_style(p.label, p.answer) and not in_style({"words": "sums", "sums": "words"}[p.label], p.answer)
+        assert in_style(p.label, p.answer) and not in_style({"words": "sums", "sums": "words"}[p.label],
+                                                            p.answer)
         if p.prompt in plain:
             same += 1
-            def sums(text):
-                return re.findall(r"<<[^>]*>>\d+", text), text.split("####")[1]
-            assert sums(p.answer) == sums(plain[p.prompt]) and (p.label == "sums" or p.answer == plain[p.prompt])
+            assert sums(p.answer) == sums(plain[p.prompt])
+            assert p.label == "sums" or p.answer == plain[p.prompt]
             other = p._replace(label="words" if p.label == "sums" else "sums")
             assert score(other, p.answer) == (True, True, False)         # right, and in the other group's way
     assert same > 200
@@ -647,15 +707,19 @@ def test_examples_come_from_the_same_subject_and_never_from_the_problem_itself()
     asked = examples[2]
     assert few_shot(asked, examples, 0) == asked.prompt
     assert few_shot(asked, examples, 1) == "Question: 0\nAnswer: 0\n\nQuestion: 2\nAnswer:"
-    assert few_shot(asked, examples, 9) == "Question: 0\nAnswer: 0\n\nQuestion: 4\nAnswer: 4\n\nQuestion: 2\nAnswer:"
+    assert few_shot(asked, examples,
+                    9) == "Question: 0\nAnswer: 0\n\nQuestion: 4\nAnswer: 4\n\nQuestion: 2\nAnswer:"
     other = asked._replace(subject="c", prompt="Question: x\nAnswer:")   # no example of its subject: any
-    assert few_shot(other, examples, 2) == "Question: 0\nAnswer: 0\n\nQuestion: 1\nAnswer: 1\n\nQuestion: x\nAnswer:"
+    assert few_shot(other, examples,
+                    2) == "Question: 0\nAnswer: 0\n\nQuestion: 1\nAnswer: 1\n\nQuestion: x\nAnswer:"
 
 
 def test_every_task_has_a_group_or_labels_of_its_own():
-    groups = dict(gsm8k="math", math="math", humaneval="code", mbpp="code", mmlu="knowledge", mmlu_pro="knowledge")
+    groups = dict(gsm8k="math", math="math", humaneval="code", mbpp="code", mmlu="knowledge",
+                  mmlu_pro="knowledge")
     assert {name: task.group for name, task in TASKS.items() if task.group} == groups
-    assert all(group in GROUPS for group in groups.values()) and isinstance(score(problem("#### 1"), ""), Score)
+    assert all(group in GROUPS for group in groups.values()) and isinstance(score(problem("#### 1"), ""),
+                                                                            Score)
 
 
 def test_no_room_but_tasks_knows_a_task_by_name():
@@ -668,4 +732,5 @@ def test_no_room_but_tasks_knows_a_task_by_name():
 
 def test_a_line_is_read_with_its_number_whatever_it_holds(tmp_path):
     (tmp_path / "x.jsonl").write_bytes("\ufeff{\"a\": \"\u2028\"}\r\n\n  \n[1]\n".encode())
-    assert [(row, where[-7:]) for row, where in rows(tmp_path / "x.jsonl")] == [({"a": "\u2028"}, " line 1"), ([1], " line 4")]
+    assert [(row, where[-7:]) for row, where in rows(tmp_path / "x.jsonl")] == [({"a": "\u2028"}, " line 1"),
+                                                                                ([1], " line 4")]
