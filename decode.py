@@ -23,8 +23,7 @@ from configurator import UserError
 from diffusion import Denoiser, Sampler, Tables, choose, predict
 from model import Context
 
-
-HALF = 32               # a pass over n positions takes about 1 + n / HALF times what it takes over one (docs/LOG.md)
+HALF = 32               # a pass over n positions takes about 1 + n / HALF times one over a single position
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def next_length(out, config):
 
     out: the Generated of the B rows. Of the tokens so far a share a was as drafted, so a draft of K gives
     (1 - a^K) / (1 - a) tokens on average. It takes K trunk passes over B positions, and over K B positions as
-    many path calls as a token took so far. Both begin as if ten tokens had come before, nine of them as drafted.
+    many path calls as a token took so far. Both begin as if ten tokens had come before, nine of them drafted.
     """
     B, n = len(out), 10 + sum(o.predicted for o in out)
     differ = (1 + sum(len(o.rejected) for o in out)) / n          # 1 - a
