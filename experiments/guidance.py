@@ -3,11 +3,11 @@ Does guidance steer? Two groups answer the same questions in different styles; o
 
     export PYTHONPATH=.
     python prepare_data.py styles && python train.py config/styles_trunk.py
-    python train.py config/styles_l2d.py --out_dir=out/styles_l2d_s0 --seed=0       # then seeds 1 and 2
-    python experiments/guidance.py                                                  # table, guidance.json
+    python train.py config/styles_l2d.py --out_dir=out/styles_l2d_s0 --seed=0   # then seeds 1 and 2
+    python experiments/guidance.py                                              # table, guidance.json
 
-Group "words" answers in sentences, group "sums" in bare sums. Counted, for each label and strength w of the guidance:
-the share of answers in the style of the label that was given, and the share of right results.
+Group "words" answers in sentences, group "sums" in bare sums. Counted, for each label and strength w of the
+guidance: the share of answers in the style of the label that was given, and the share of right results.
 """
 import json
 from dataclasses import dataclass
@@ -53,8 +53,8 @@ def outcome(run_dir, config, settings):
 def main(argv=None):
     config = configure(Config, argv, __doc__)
     strengths = [float(w) for w in config.strengths.split(",")]
-    settings = [("", 1.0, False)] + [(label, w, last) for label, w, last in
-                                     product(("words", "sums"), strengths, (False, True)) if w != 1 or not last]
+    settings = [("", 1.0, False)]
+    settings += [s for s in product(("words", "sums"), strengths, (False, True)) if s[1] != 1 or not s[2]]
     runs = config.runs.split(",")
     found = [outcome(run_dir, config, settings) for run_dir in runs]
     rows = []
@@ -65,7 +65,7 @@ def main(argv=None):
         rows.append({"label": label, "w": w, "guide_last": last, "in_style": styled, "right": right})
         guided = "" if w == 1 else "x_1_hat and the last logits" if last else "x_1_hat"
         cells = [" ".join(f"{x:.3f}" for x in values) for values in (styled, right)]
-        print(f"| {label or 'none (words counted)'} | {w:g} | {guided} | {cells[0]} | {cells[1]} |", flush=True)
+        print(f"| {label or 'none (words)'} | {w:g} | {guided} | {cells[0]} | {cells[1]} |", flush=True)
     result = {"config": vars(config), "runs": runs, "rows": rows}
     Path(config.out).write_text(json.dumps(result, indent=1))
 
