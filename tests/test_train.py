@@ -307,11 +307,11 @@ def test_labels_are_dropped_per_example_and_unrolling_draws_its_calls(options):
     dropped = new == 4
     assert abs(dropped.float().mean() - 0.2) < 0.03 and torch.equal(new[~dropped], label[~dropped])
     assert len(t) == len(x_0) == 16000 and unroll is None
-    c = config(**options, unroll=3, label_dropout=0, unroll_t_begin=0.4, unroll_t_end=0.8, unroll_weight=0.3)
+    c = config(**options, unroll=3, label_dropout=0, unroll_t_hold=0.4, unroll_t_end=0.8, unroll_weight=0.3)
     drawn = [train.draw_noise(c, model, label, 50, train.generator_for("cpu", i)) for i in range(60)]
     assert {len(times) for _, _, _, (times, _) in drawn} == {2, 3, 4} and torch.equal(drawn[0][0], label)
     for _, t, _, (times, weight) in drawn:
-        assert times == time_grid(len(times) - 1, 0.4, 0.8) and weight == 0.3 and (t == torch.tensor(0.8)).all()
+        assert times == time_grid(len(times) - 1, 0.8, 0.4) and weight == 0.3 and (t == torch.tensor(0.8)).all()
 
 
 # ---------------------------------------------------------------------------------------- one batch, many ways
