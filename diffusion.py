@@ -298,7 +298,7 @@ class Denoiser:
         return x_1_hat
 
     def moves(self, x_t, t, x_1_hat, i):
-        """Whether more calls may change the guess at the positions i, (n,) bool: it has just changed, or x_1_hat
+        """Whether the guess at the positions i may still change, (n,) bool: it has just done so, or x_1_hat
         is not yet the mean m of the guesses before it, to which x_t = (1 - t) x_0 + t m points."""
         m = (x_t - (1 - t) * self.x_0[i]) / t
         distance = (x_1_hat - m).norm(dim=1) / x_t.size(1) ** 0.5  # in units of x_1's standard deviation

@@ -14,8 +14,8 @@ from configurator import UserError
 
 
 def pick_device(want):
-    """The torch.device of --device, under torchrun this rank's own GPU. auto: CUDA where it is; a Mac works on
-    its CPU. Raises UserError where there is no CUDA to use."""
+    """The torch.device of --device, under torchrun this rank's own GPU. auto: CUDA where it is; a Mac works
+    on its CPU. Raises UserError where there is no CUDA to use."""
     if want == "cpu" or want == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_available():
