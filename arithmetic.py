@@ -1,9 +1,9 @@
 """
 The embedded task: a generator of arithmetic word problems in GSM8K's format, no network.
 
-task_problem is the task that is finetuned and tested; mix_problem a broader mixture, half of it word problems,
-on which the tiny trunk is pre-trained. Both take a random.Random and return (question, answer). bucket says to which
-split a question belongs.
+task_problem is the task that is finetuned and tested; mix_problem a broader mixture, half of it word
+problems, on which the tiny trunk is pre-trained. Both take a random.Random and return (question, answer).
+bucket says to which split a question belongs. styled writes an answer in the way of one of two groups.
 
 A story has a running quantity v. It starts as a number a; each scene is a sentence of the question with no,
 one or more steps (operation, sentence of the answer). In an operation b is a new number that the sentence
@@ -14,10 +14,11 @@ import re
 
 MAX_NUMBER = 99                     # of all numbers, intermediate results included; each is one token
 
-PEOPLE = [(name, "she", "her") for name in "Emma Mia Anna Lily Zoe Ruth Eva Nina Ivy Rosa Jane Lucy".split()] + \
-         [(name, "he", "him") for name in "Tom Noah Ben Sam Max Leo Paul Jack Omar Luis Hugo Finn".split()]
-OBJECTS = ("apples pears books coins cards stamps pencils shells marbles stickers cookies buttons beads candles "
-           "cups eggs flowers roses lemons nuts pens plates rings stones toys tickets").split()
+WOMEN = "Emma Mia Anna Lily Zoe Ruth Eva Nina Ivy Rosa Jane Lucy".split()
+MEN = "Tom Noah Ben Sam Max Leo Paul Jack Omar Luis Hugo Finn".split()
+PEOPLE = [(name, "she", "her") for name in WOMEN] + [(name, "he", "him") for name in MEN]
+OBJECTS = ("apples pears books coins cards stamps pencils shells marbles stickers cookies buttons beads "
+           "candles cups eggs flowers roses lemons nuts pens plates rings stones toys tickets").split()
 CONTAINERS = "boxes bags baskets packs jars crates bowls trays".split()
 
 STARTS = [
@@ -32,7 +33,8 @@ STARTS = [
     ("{n} fills {b} {c} with {a} {o} each.", [("v*b", "The {c} hold {e} {o}.")]),
     ("{n} makes {a} {o} a day for {b} days.", [("v*b", "{n} makes {e} {o}.")]),
     ("{n} has {a} {o} but {b} of them are broken.", [("v-b", "{e} {o} are good.")]),
-    ("{n} and {b} friends find {a} {o} each.", [("b+1", "They are {e} people."), ("a*v", "They find {e} {o}.")]),
+    ("{n} and {b} friends find {a} {o} each.",
+     [("b+1", "They are {e} people."), ("a*v", "They find {e} {o}.")]),
 ]
 EVENTS = [
     ("Then {she} buys {b} more.", [("v+b", "Now {n} has {e} {o}.")]),
@@ -173,8 +175,8 @@ def mix_problem(rng):
         except Misfit:
             pass
 
-# Which split a problem may be in follows from the numbers in its question, so that no question, nor the same
-# calculation about other things, is in two splits, whatever the seed and the numbers of problems.
+# Which split a problem may be in follows from the numbers in its question, so that no question, nor the
+# same calculation about other things, is in two splits, whatever the seed and the numbers of problems.
 SHARES = dict(train=30, val=10, test=10, mix=30, mix_val=10, mix_test=10)      # percent
 
 def bucket(question):
@@ -185,3 +187,22 @@ def bucket(question):
         place -= share
         if place < 0:
             return split
+
+
+# Guidance has something to show where only a label can tell how to answer: the group "words" answers in
+# sentences, the group "sums" with the bare calculations. Of some things only one of the two is ever asked.
+STYLES = ("words", "sums")
+ONLY = {thing: STYLES[i % 2] for i, thing in enumerate(OBJECTS[:6])}           # a quarter of the questions
+
+def styled(rng, question, answer):
+    """The answer to a question in the way of a group, and the group: the thing's own, or either."""
+    group = next((ONLY[thing] for thing in ONLY if f" {thing}" in question), None) or rng.choice(STYLES)
+    steps = re.findall(r"\d+[-+*/]\d+ = <<[^>]*>>\d+", answer)
+    if group == "sums" and steps:
+        answer = "\n".join([*(f"{step}." for step in steps), answer.split("\n")[-1]])
+    return answer, group
+
+def in_style(group, answer):
+    """Whether every line of an answer before the last is written as the group's are: in words or without."""
+    lines = answer.split("####")[0].strip().split("\n")
+    return all(any(map(str.isalpha, line)) == (group == "words") for line in lines)

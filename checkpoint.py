@@ -1,22 +1,22 @@
-"""
-Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
+""" Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
 
-out_dir holds last.pt (all that --resume needs), previous.pt (the one before), best.pt (lowest validation loss;
-weights only) and, where the trunk is frozen, trunk.pt: written once, and named by its hash in the others, which then
-hold the path alone.
+out_dir holds last.pt (all that --resume needs), previous.pt (the one before), best.pt (lowest validation
+loss; weights only) and, where the trunk is frozen, trunk.pt: written once, and named by its hash in the
+others, which then hold the path alone.
 """
 import hashlib
 import io
+import json
 import os
 from dataclasses import asdict
 
 import torch
 
 from configurator import UserError
-from files import write_file
+from files import lock, read_records, write_file
 from machine import pick_device, pick_dtype
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
-from tasks import fingerprint, load_tokenizer
+from tokens import fingerprint, load_tokenizer
 
 
 def load_state(module, tensors, source):
@@ -32,8 +32,8 @@ def load_state(module, tensors, source):
 
 
 def pretrained_trunk(name):
-    """GPT-2's weights by hub name, .safetensors file or directory, as a GPT. Raises UserError where they cannot be had,
-    are damaged, or are not GPT-2's."""
+    """GPT-2's weights by hub name, .safetensors file or directory, as a GPT. Raises UserError where they
+    cannot be had, are damaged, or are not GPT-2's."""
     from gpt2_weights import load_gpt2
     tensors, n_head, path = load_gpt2(name)
     block_size, (vocab_size, n_embd) = tensors["wpe.weight"].shape[0], tensors["wte.weight"].shape
@@ -43,9 +43,29 @@ def pretrained_trunk(name):
     return trunk
 
 
+def load_trunk(name, manifest):
+    """The trunk in a checkpoint (.pt) of train.py, its LoRA merged in, or GPT-2's: for data with this
+    manifest."""
+    if name.endswith(".pt"):
+        checkpoint = load_checkpoint(name)
+        if checkpoint["tokenizer"]["fingerprint"] != manifest["fingerprint"]:
+            raise UserError(f"error: the data has tokenizer {manifest['tokenizer']}, but the trunk {name} "
+                            f"was trained with {checkpoint['tokenizer']['name']}; prepare the data for it")
+        trunk = pair_from(checkpoint, name).trunk
+        if checkpoint["trunk_lora"]:
+            trunk.merge_lora()
+    else:
+        trunk = pretrained_trunk(name)
+    if trunk.config.vocab_size != manifest["n_vocab"]:
+        raise UserError(f"error: the trunk {name} has {trunk.config.vocab_size} tokens, but the data's "
+                        f"tokenizer, {manifest['tokenizer']}, has {manifest['n_vocab']}; prepare it anew")
+    return trunk
+
+
 # ------------------------------------------------------------------------------------------------ save
 def save(checkpoint, path, previous=None):
-    """Write whole or not at all: a kill while writing leaves what was there, which then becomes `previous`."""
+    """Write whole or not at all: a kill while writing leaves what was there, which then becomes
+    `previous`."""
     write_file(f"{path}.new", lambda file: torch.save(checkpoint, file))
     if previous and os.path.exists(path):
         os.replace(path, previous)
@@ -53,38 +73,115 @@ def save(checkpoint, path, previous=None):
 
 
 def describe(model, trunk_lora, out_dir):
-    """The part of a checkpoint that says what the model is, trunk_lora = (rank, alpha) or None. A frozen trunk goes to
-    out_dir/trunk.pt, once."""
+    """The part of a checkpoint that says what the model is, trunk_lora = (rank, alpha) or None. A frozen
+    trunk goes to out_dir/trunk.pt, once."""
     tensors, trunk_sha256 = model.state_dict(), None
     if not trunk_lora and not any(p.requires_grad for p in model.trunk.parameters()):
         path, buffer = os.path.join(out_dir, "trunk.pt"), io.BytesIO()
-        if not hasattr(model, "trunk_sha256"):                           # it cannot change any more
+        if not getattr(model, "trunk_sha256", None):              # once: it cannot change
             torch.save(model.trunk.state_dict(), buffer)
             model.trunk_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
             write_file(path, lambda file: file.write(buffer.getvalue()))
         tensors = {k: v for k, v in tensors.items() if not k.startswith("trunk.")}
         trunk_sha256 = model.trunk_sha256
-    return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora, "trunk_sha256": trunk_sha256,
-            "path_config": asdict(model.path.config) if model.path else None, "n_labels": model.no_label,
-            "model": tensors}
+    return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora, "n_labels": model.no_label,
+            "path_config": asdict(model.path.config) if model.path else None,
+            "trunk_sha256": trunk_sha256, "model": tensors}
+
+
+def save_run(run, config, ranks, better=False):
+    """Write last.pt; and best.pt, if this is better than all before. run: see train.py."""
+    run.saved = run.step
+    if not ranks.main:
+        return
+    lora = [config.lora_rank, config.lora_alpha] if config.trunk_mode == "lora" else None
+    tokenizer = {"name": run.manifest["tokenizer"], "fingerprint": run.manifest["fingerprint"]}
+    checkpoint = describe(run.model, lora, config.out_dir) | {
+        "config": asdict(config), "world": ranks.world, "step": run.step, "best": run.best,
+        "data": run.manifest, "tokenizer": tokenizer}
+    folder = config.out_dir
+    if better:
+        save(checkpoint, os.path.join(folder, "best.pt"))
+    checkpoint |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    save(checkpoint, os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt"))
+
+
+class Log:
+    """metrics.jsonl: a line for every report of the main rank. A new run starts it afresh, a resumed one
+    drops the steps that it will repeat."""
+    def __init__(self, config, ranks, step):
+        self.path, self.main = os.path.join(config.out_dir, "metrics.jsonl"), ranks.main
+        if self.main:
+            kept = [r for r in read_records(self.path) if config.resume and r.get("step", 0) <= step]
+            text = "".join(json.dumps(r) + "\n" for r in kept)
+            write_file(self.path, lambda file: file.write(text.encode()))
+
+    def __call__(self, **record):
+        if self.main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- resume
+def open_out_dir(config, ranks):
+    """Make out_dir, lock it against a second writer, and see that nothing in it would be lost. Returns the
+    lock, and the checkpoint to go on from, or None."""
+    last, previous = (os.path.join(config.out_dir, name) for name in ("last.pt", "previous.pt"))
+    if config.resume and not (os.path.exists(last) or os.path.exists(previous)):
+        raise UserError(f"error: nothing to resume: {last} does not exist; start without --resume")
+    lock_file = lock(config.out_dir) if ranks.main else None
+    if not config.resume:
+        if os.path.exists(last):
+            raise UserError(f"error: {last} exists; go on with --resume, or choose another --out_dir")
+        return lock_file, None
+    try:
+        return lock_file, load_checkpoint(last) | {"path": last}
+    except UserError as e:
+        if not os.path.exists(previous):
+            raise
+        ranks.say(f"{e}\ngoing on from {previous}, the one before")
+        return lock_file, load_checkpoint(previous) | {"path": previous}
+
+
+def check_same_run(checkpoint, config, manifest, ranks):
+    """Raise UserError where --resume would be another run. It may be longer, and k ranks may become k
+    micro-batches."""
+    if "optimizer" not in checkpoint:
+        raise UserError(f"error: {checkpoint['path']} has no optimizer state; start without --resume")
+    may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk",
+                  "grad_accum"}
+    before, now = checkpoint["config"], asdict(config)
+    if config.steps > before["steps"]:
+        ranks.say(f"steps was {before['steps']}, now {config.steps}: the learning rate goes on as that of a "
+                  f"run of {config.steps} steps, higher than at the end of the shorter one")
+        may_differ.add("steps")
+    differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in before.items()
+              if k not in may_differ and now.get(k) != v]
+    differ += [f"{k} of the data was {checkpoint['data'].get(k)!r}, now {v!r}" for k, v in manifest.items()
+               if checkpoint["data"].get(k) != v]
+    micro = before["grad_accum"] * checkpoint["world"], config.grad_accum * ranks.world
+    differ += [f"ranks x grad_accum were {micro[0]}, now {micro[1]}"] if micro[0] != micro[1] else []
+    if differ:
+        raise UserError(f"error: {checkpoint['path']} belongs to another configuration: {'; '.join(differ)}")
 
 
 # ------------------------------------------------------------------------------------------------ load
 def load_checkpoint(path):
-    """What train.py saved, with the hash of the bytes read as "sha256". Raises UserError where it cannot be read."""
+    """What train.py saved, with the hash of the bytes read as "sha256". Raises UserError where it cannot be
+    read."""
     if not os.path.exists(path):
-        config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # out/NAME is where config/NAME.py writes
-        command = f"python train.py {config if os.path.exists(config) else 'config/demo_trunk.py, or bash demo.sh'}"
-        raise UserError(f"error: no checkpoint at {path}; make one first: {command}")
+        config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # config/NAME.py writes to out/NAME
+        config = config if os.path.exists(config) else "config/demo_trunk.py, or bash demo.sh"
+        raise UserError(f"error: no checkpoint at {path}; make one first: python train.py {config}")
     checkpoint, sha256 = read(path)
-    missing = {"trunk_config", "trunk_lora", "trunk_sha256", "path_config", "n_labels", "model"} - checkpoint.keys()
-    if missing:
-        raise UserError(f"error: {path} is not a checkpoint of this train.py: it has no {', '.join(sorted(missing))}")
+    parts = {"trunk_config", "trunk_lora", "trunk_sha256", "path_config", "n_labels", "model"}
+    if missing := ", ".join(sorted(parts - checkpoint.keys())):
+        raise UserError(f"error: {path} is not a checkpoint of this train.py: it has no {missing}")
     if checkpoint["trunk_sha256"]:
         trunk_path = os.path.join(os.path.dirname(path), "trunk.pt")
         if not os.path.exists(trunk_path):
-            raise UserError(f"error: {path} holds the path alone, and its trunk, {trunk_path}, is not there; keep both "
-                            "files in one folder")
+            raise UserError(f"error: {path} holds the path alone, and its trunk, {trunk_path}, is not there; "
+                            "keep both files in one folder")
         trunk, found = read(trunk_path)
         if found != checkpoint["trunk_sha256"]:
             raise UserError(f"error: {trunk_path} is not the trunk that {path} was trained on, or is damaged")
@@ -93,7 +190,8 @@ def load_checkpoint(path):
 
 
 def read(path):
-    """The dict in the file, and the sha256 of the file: of the bytes that were read, whatever happens to it later."""
+    """The dict in the file, and the sha256 of the file: of the bytes that were read, whatever happens to it
+    later."""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -101,9 +199,9 @@ def read(path):
         if not isinstance(found, dict):
             raise ValueError("wrong contents")
         return found, hashlib.sha256(data).hexdigest()
-    except Exception as e:                                               # torch raises anything on a damaged file
+    except Exception as e:                                        # torch raises anything on a damaged file
         why = str(e).splitlines()[0] if str(e) else "wrong contents"
-        raise UserError(f"error: {path} is not a checkpoint of train.py, or is damaged ({type(e).__name__}: {why})")
+        raise UserError(f"error: {path} is no checkpoint of train.py, or damaged ({type(e).__name__}: {why})")
 
 
 def pair_from(checkpoint, source):
@@ -118,6 +216,7 @@ def pair_from(checkpoint, source):
     if checkpoint["trunk_lora"]:
         trunk.add_lora(*checkpoint["trunk_lora"])
     load_state(model, checkpoint["model"], source)
+    model.trunk_sha256 = checkpoint["trunk_sha256"]
     return model
 
 
@@ -125,11 +224,11 @@ def load(out_dir, which="best", device="auto", dtype="auto"):
     """The pair on its device, ready to sample, its tokenizer and its checkpoint. Raises UserError."""
     device, path = pick_device(device), os.path.join(out_dir, f"{which}.pt")
     checkpoint = load_checkpoint(path)
-    if missing := {"tokenizer", "data", "config"} - checkpoint.keys():
-        raise UserError(f"error: {path} has no {', '.join(sorted(missing))}: another version of train.py wrote it")
+    if missing := ", ".join(sorted({"tokenizer", "data", "config"} - checkpoint.keys())):
+        raise UserError(f"error: {path} has no {missing}: another version of train.py wrote it")
     name = checkpoint["tokenizer"]["name"]
     encoding = load_tokenizer(name)
     if fingerprint(encoding) != checkpoint["tokenizer"]["fingerprint"]:
-        raise UserError(f"error: {path} was trained with another version of the tokenizer {name}; train it again")
+        raise UserError(f"error: {path} was trained with another version of tokenizer {name}; train again")
     model = pair_from(checkpoint, path).requires_grad_(False)
     return model.to(device, pick_dtype(dtype, device)), encoding, checkpoint

@@ -19,6 +19,7 @@ import math
 import operator
 import os
 import shlex
+import signal
 import sys
 import tokenize
 from dataclasses import fields, is_dataclass
@@ -29,7 +30,7 @@ BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
 
 class UserError(SystemExit):
-    """A mistake of the user's. Uncaught, it prints its one line to stderr and exits with status 1, no traceback."""
+    """A mistake of the user's. Uncaught, it prints its one line to stderr, no traceback, and exits with 1."""
 
     def __init__(self, message):
         super().__init__(" ".join(message.splitlines()))  # one line, whatever the user's text held
@@ -37,10 +38,13 @@ class UserError(SystemExit):
 
 def run(main):
     """
-    Run a script's main, and end as a program should: a closed pipe (`| head`) quietly, Ctrl-C with one line and
-    status 130, a full disk or a file that may not be read with a line that names it. What the terminal cannot
-    encode is replaced.
+    Run a script's main, and end as a program should: a closed pipe quietly, Ctrl-C and SIGTERM with
+    one line and status 130 and 143, a full disk or an unreadable file with a line that names it. What
+    the terminal cannot encode is replaced.
     """
+    def terminate(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, terminate)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     try:
@@ -48,9 +52,9 @@ def run(main):
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("stopped; what was finished is kept", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + (e.args or (signal.SIGINT,))[0]) from None
     except OSError as e:
         raise UserError(f"error: {e.filename or 'a file'}: {e.strerror or e}") from None
 
@@ -62,11 +66,10 @@ def at_least(config, **limits):
             raise UserError(f"error: {name}={getattr(config, name)}, but it must be at least {low}")
 
 
-def require(**conditions):
-    """Raise UserError for the first message whose condition does not hold: require(why=(message, condition))."""
-    for message, holds in conditions.values():
-        if not holds:
-            raise UserError(f"error: {message}")
+def require(holds, message):
+    """Raise UserError with the message unless holds."""
+    if not holds:
+        raise UserError(f"error: {message}")
 
 
 def configure(cls, argv=None, usage=""):
@@ -95,14 +98,15 @@ def configure(cls, argv=None, usage=""):
             if not equals and kinds.get(name) is bool:
                 text = "True"
             elif not equals and name in defaults:
-                raise UserError(f"error: --{name} needs =VALUE, as in --{name}={shlex.quote(str(defaults[name]))}")
+                example = shlex.quote(str(defaults[name]))
+                raise UserError(f"error: --{name} needs =VALUE, as in --{name}={example}")
             put(name, _from_text(text, kinds.get(name)))
         elif arg.endswith(".py") and not arg.startswith("-"):
             for name, (value, line) in _read_config(arg).items():
                 if not name.startswith("_"):
                     put(name, value, f"{arg}:{line}: ", dashes="")
         else:
-            raise UserError(f"error: {arg!r} is neither --key=value nor a config file such as config/x.py (see --help)")
+            raise UserError(f"error: {arg!r} is neither --key=value nor a config file, x.py (see --help)")
     return cls(**values)
 
 
@@ -126,7 +130,7 @@ def _is_number(value):
 
 
 def _checked(value, kind, default, name):
-    """`value` if it is of type `kind` (an int becomes a float where one is wanted), else a UserError about `name`."""
+    """`value` if it is of type `kind` (an int becomes a float where one is wanted), else UserError."""
     choices = get_args(kind)
     if kind is float and type(value) is int:
         value = float(value)
@@ -153,7 +157,8 @@ def _read_config(path):
                 case _:
                     raise ValueError(f"expected name = value, found {ast.unparse(node):.80}")
     except OSError as e:
-        raise UserError(f"error: cannot read {path}: {e.strerror}{_did_you_mean(path, glob.glob('config/*.py'))}")
+        near = _did_you_mean(path, glob.glob("config/*.py"))
+        raise UserError(f"error: cannot read {path}: {e.strerror}{near}")
     except SyntaxError as e:
         raise UserError(f"error: {path}:{e.lineno or 1}: {e.msg}; expected lines of name = value")
     except (ValueError, ArithmeticError, RecursionError, MemoryError) as e:
@@ -167,11 +172,12 @@ def _power(a, b):
 
 
 ARITHMETIC = {ast.USub: operator.neg, ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: _power}
+              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+              ast.Pow: _power}
 
 
 def _evaluate(node, names):
-    """The value of an expression of literals, names assigned above and arithmetic; ValueError if it holds more."""
+    """The value of an expression of literals, names assigned above and arithmetic; else ValueError."""
     match node:
         case ast.Constant(value=bool() | str() as value):
             return value
@@ -185,15 +191,15 @@ def _evaluate(node, names):
             value = ARITHMETIC[type(op)](*numbers) if all(map(_is_number, numbers)) else None
         case _:
             near = _did_you_mean(node.id, [*names, "True", "False"]) if isinstance(node, ast.Name) else ""
-            raise ValueError('expected a number, a "string", True, False, a name assigned above or arithmetic, '
-                             f"found {ast.unparse(node):.80}{near}")
+            raise ValueError('expected a number, a "string", True, False, a name assigned above or '
+                             f"arithmetic, found {ast.unparse(node):.80}{near}")
     if not _is_number(value):
         raise ValueError(f"{ast.unparse(node):.80} is not arithmetic on finite numbers of 64 bits")
     return value
 
 
 def _help(cls, usage):
-    """`usage`, then each field: option and default, type, and the comment behind it, under the headings above it."""
+    """`usage`, then each field under its heading: option and default, type, and the comment behind it."""
     notes = {}
     for base in (c for c in reversed(cls.__mro__) if is_dataclass(c)):
         source = inspect.getsource(base)  # `cls` stands at the top level of a file

@@ -1,36 +1,36 @@
-"""
-Texts: Algorithm 1 position after position, with the trunk's key-value cache, for prompts of any lengths at once.
+""" Texts: Algorithm 1 position after position, with the trunk's key-value cache, for prompts of any lengths
+at once.
 
-The trunk drafts. In a *round* the trunk writes K tokens by plain decoding. Then Algorithm 1 runs at the K positions
-together, each path call over all of them. Kept is the longest prefix on which its tokens equal the drafted ones, and
-the first that differs. K = 1 is Algorithm 1 token by token.
+The trunk drafts. In a *round* the trunk writes K tokens by plain decoding. Then Algorithm 1 runs at the K
+positions together, each path call over all of them. Kept is the longest prefix on which its tokens equal the
+drafted ones, and the first that differs. K = 1 is Algorithm 1 token by token.
 
 Why the text is the same for every K. A path call at position k reads x_t of k, the trunk's keys and values at
-positions <= k, and nothing else. The noise and the uniform numbers of a position are fixed by (seed, row, position).
-So a prediction depends on the tokens before it alone, and every token kept had the right ones before it.
-What is wasted: trunk passes and path calls behind the first token that differs. What is gained: the path reads its
-weights once for K positions. It is speculative decoding (Leviathan et al. 2023) whose draft model is the trunk
-itself, whose passes over the tokens kept were needed anyway.
+positions <= k, and nothing else. The noise and the uniform numbers of a position are fixed by (seed, row,
+position). So a prediction depends on the tokens before it alone, and every token kept had the right ones
+before it. What is wasted: trunk passes and path calls behind the first token that differs. What is gained:
+the path reads its weights once for K positions. It is speculative decoding (Leviathan et al. 2023) whose
+draft model is the trunk itself, whose passes over the tokens kept were needed anyway.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError
 from diffusion import Denoiser, Sampler, Tables, choose, predict
 from model import Context
 
-
-HALF = 32               # a pass over n positions takes about 1 + n / HALF times what it takes over one (docs/LOG.md)
+HALF = 32               # a pass over n positions takes about 1 + n / HALF times one over one (docs/LOG.md)
 
 
 @dataclass(frozen=True)
 class Decoding(Sampler):
     # how a text is written
     max_new_tokens: int = 320
-    draft: int = 16                 # tokens that the trunk drafts in a round, at most; 0 = none. Changes no token
+    draft: int = 16                 # tokens that the trunk drafts in a round, at most; 0 = none
     seed: int = 0
 
     def __post_init__(self):
@@ -50,7 +50,7 @@ class Generated:
     computed: int = 0               # path calls in all, those behind a rejected token of a draft included
     rounds: int = 0
     rejected: list = field(default_factory=list)    # indices of the tokens that differ from the draft
-    trace: list = field(default_factory=list)       # per predicted token, (t, guess, probability) of each evaluation
+    trace: list = field(default_factory=list)       # per token, (t, guess, probability) of each evaluation
 
 
 @dataclass
@@ -74,15 +74,17 @@ class Rows:
         self.cache = [(k[i], v[i]) for k, v in self.cache]
 
     def grow(self, S):
-        """Room for S positions in the cache, and little more: a CPU reads it faster than one with much to spare."""
+        """Room for S positions in the cache, and little more: a CPU reads it faster than one with much to
+        spare."""
         if S > self.cache[0][0].size(2):
             self.cache = [tuple(F.pad(z, (0, 0, 0, S + 7 - z.size(2))) for z in pair) for pair in self.cache]
 
     def keys(self, ahead, n_columns):
-        """kv, and mask (B, 1, n_columns, S) or None, of queries at the n_columns positions from position + ahead on."""
+        """kv, and mask (B, 1, n_columns, S) or None, of queries at the n_columns positions from position +
+        ahead on."""
         S = max(self.positions) + ahead + n_columns
         kv = [(k[:, :, :S], v[:, :, :S]) for k, v in self.cache]
-        if n_columns == 1 and min(self.positions) == max(self.positions):     # every row sees all S keys
+        if n_columns == 1 and min(self.positions) == max(self.positions):  # every row sees all S keys
             return kv, None
         pos = self.steps_from(self.positions, n_columns) + ahead
         return kv, (torch.arange(S, device=pos.device) <= pos[:, :, None])[:, None]
@@ -107,8 +109,8 @@ class Draft(NamedTuple):
 def row_noise(ids, config, x_dim, device):
     """x_0 / sigma (B, max_new_tokens, x_dim) and uniforms u (B, max_new_tokens, steps + 1) of the rows ids.
 
-    Every row has its own generator, so that it draws the same whatever else is in its batch. u[:, :, 0], for the
-    final choice, and x_0 come first, so that they are the same for every number of steps.
+    Every row has its own generator, so that it draws the same whatever else is in its batch. u[:, :, 0], for
+    the final choice, and x_0 come first, so that they are the same for every number of steps.
     """
     x_0, u, n = [], [], config.max_new_tokens
     for i in ids:
@@ -120,10 +122,10 @@ def row_noise(ids, config, x_dim, device):
 
 
 def read_prompts(model, prompts, config, label, ids):
-    """The Rows before the first round. Prompts are padded on the right: a row sees only keys up to its own position,
-    and overwrites the padding as it grows."""
+    """The Rows before the first round. Prompts are padded on the right: a row sees only keys up to its own
+    position, and overwrites the padding as it grows."""
     device, positions = model.trunk.wte.weight.device, [len(prompt) - 1 for prompt in prompts]
-    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)  # (B, P)
+    idx = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)        # (B, P)
     c = model.read(idx, (torch.arange(len(prompts), device=device), torch.tensor(positions, device=device)))
     x_0, u = row_noise(ids, config, model.path.config.x_dim if config.steps > 1 else 0, device)
     label = label[0] if len(set(label)) == 1 else torch.tensor(label, device=device)
@@ -138,8 +140,8 @@ def write_draft(model, rows, K, eot, config):
     u = rows.u[:, :, 0].gather(1, n)
     for j in range(K):
         if h is None:
-            h = model.trunk(token[:, None], pos[:, j:j + 1], *rows.keys(j, 1))[0][:, 0]       # (B, C)
-        logits = model.trunk.head(h).float()                             # (B, V_size)
+            h = model.trunk(token[:, None], pos[:, j:j + 1], *rows.keys(j, 1))[0][:, 0]  # (B, C)
+        logits = model.trunk.head(h).float()                      # (B, V_size)
         y = choose(logits, u[:, j], config.temperature, config.top_k)
         columns.append((y, logits, token, h))
         token, h = y, None
@@ -150,28 +152,28 @@ def write_draft(model, rows, K, eot, config):
 
 def refine(model, rows, draft, tables, config, trace):
     """Algorithm 1 at the N valid positions of a draft, all at once: its tokens (N,), and the Denoiser."""
-    at = None if draft.valid.all() else draft.valid.nonzero(as_tuple=True)    # (rows, columns), each (N,)
+    at = None if draft.valid.all() else draft.valid.nonzero(as_tuple=True)  # (rows, columns), each (N,)
     flat = (lambda z: z.flatten(0, 1)) if at is None else (lambda z: z[at])
     kv, mask = rows.keys(0, draft.y.size(1))
     c = Context(flat(draft.h), flat(draft.token), flat(draft.pos), kv, at, mask)
     own = torch.arange(len(draft.n), device=draft.n.device)[:, None], draft.n
-    u, x_0 = flat(rows.u[own]), flat(rows.x_0[own])                      # (N, steps + 1), (N, D)
+    u, x_0 = flat(rows.u[own]), flat(rows.x_0[own])               # (N, steps + 1), (N, D)
     label = rows.label if type(rows.label) is int else flat(rows.label[:, None].expand_as(draft.n))
-    f = Denoiser(model, config, tables, c, label, u, flat(draft.logits))
-    f.trace = [[] for _ in u] if trace else None
+    f = Denoiser(model, config, tables, c, label, u, flat(draft.logits), trace)
     logits = predict(f, x_0 if tables is None else model.path.config.sigma * x_0, config)
     return choose(logits, u[:, 0], config.temperature, config.top_k), f
 
 
 def accept(rows, draft, y, f, eot):
-    """Write what a round has settled into the rows: y (N,) from refine, up to the first that differs from the draft."""
-    grid = torch.stack([draft.y, draft.y, torch.zeros_like(draft.y)])    # drafted, refined, path calls
+    """Write what a round has settled into the rows: y (N,) from refine, up to the first that differs from the
+    draft."""
+    grid = torch.stack([draft.y, draft.y, torch.zeros_like(draft.y)])  # drafted, refined, path calls
     grid[1:, draft.valid] = torch.stack([y, f.nfe])
-    drafted, refined, nfe = grid.tolist()                                # one transfer
+    drafted, refined, nfe = grid.tolist()                         # one transfer
     traces, n_kept = iter(f.trace or ()), []
     for row, (out, n_valid) in enumerate(zip(rows.out, draft.valid.sum(1).tolist())):
         differs = [j for j in range(n_valid) if refined[row][j] != drafted[row][j]]
-        kept = differs[0] + 1 if differs else n_valid                    # the first that differs is right, too
+        kept = differs[0] + 1 if differs else n_valid             # the first that differs is right, too
         out.rejected += [out.predicted + kept - 1] if differs else []
         out.trace += [trace for _, trace in zip(range(n_valid), traces)][:kept]
         out.tokens += refined[row][:kept]
@@ -189,8 +191,8 @@ def next_length(out, config):
     """The length K of the next draft, at most config.draft, by which a token should take the least time.
 
     out: the Generated of the B rows. Of the tokens so far a share a was as drafted, so a draft of K gives
-    (1 - a^K) / (1 - a) tokens on average. It takes K trunk passes over B positions, and over K B positions as many
-    path calls as a token took so far. Both shares begin as if ten tokens had come before, one of them not as drafted.
+    (1 - a^K) / (1 - a) tokens on average. It takes K trunk passes over B positions, and as many path calls
+    over K B positions as a token took so far. Ten tokens are assumed to have come before, nine as drafted.
     """
     B, n = len(out), 10 + sum(o.predicted for o in out)
     differ = (1 + sum(len(o.rejected) for o in out)) / n                 # 1 - a
@@ -205,15 +207,17 @@ def next_length(out, config):
 def generate(model, prompts, eot, config, label=None, ids=None, trace=False):
     """Continue each prompt until the end of text, each token by Algorithm 1, in rounds (see above).
 
-    prompts: B non-empty lists of token ids, of any lengths; eot: the id that ends a text; config: a Decoding; label:
-    B guidance labels, or None for none; ids: B integers, 0..B-1 by default: the randomness of row i depends on
-    (config.seed, ids[i]) alone. A row is cut where block_size is reached. Rows that have ended leave the batch.
-    Returns B Generated; with trace, each says how its guesses changed.
+    prompts: B non-empty lists of token ids, of any lengths; eot: the id that ends a text; config: a Decoding;
+    label: B guidance labels, or None for none; ids: B integers, 0..B-1 by default: the randomness of row i
+    depends on (config.seed, ids[i]) alone. A row is cut where block_size is reached. Rows that have ended
+    leave the batch. Returns B Generated; with trace, each says how its guesses changed.
     """
     assert model.path is not None or config.steps == 1, "without a path there is only steps = 1"
-    rows = read_prompts(model, prompts, config, label or [model.no_label] * len(prompts), ids or range(len(prompts)))
+    B, block_size = len(prompts), model.trunk.config.block_size
+    config = replace(config, max_new_tokens=min(config.max_new_tokens, block_size))
+    rows = read_prompts(model, prompts, config, label or [model.no_label] * B, ids or range(B))
     tables = Tables(model) if config.steps > 1 else None
-    out, block_size = rows.out, model.trunk.config.block_size
+    out = rows.out
     while rows.out:
         K = 1 if config.steps == 1 else min(next_length(rows.out, config), block_size - max(rows.positions))
         rows.grow(max(rows.positions) + K)

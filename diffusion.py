@@ -3,9 +3,10 @@ The diffusion of L2D: noising, loss, velocity, solvers, guidance and Algorithm 1
 
     Time runs from t = 0, pure noise, to t = 1, data.    x_t = t x_1 + (1 - t) x_0
 
-A language model predicts the next token from its context c alone. L2D reads that as one step of diffusion, taken at
-t = 0, where x_t is noise. It goes on: the guess moves x_t towards the guessed token's embedding, and the path looks
-again, with x_t in hand. T, here `steps`, counts the evaluations for one token, the first included.
+A language model predicts the next token from its context c alone. L2D reads that as one step of diffusion,
+taken at t = 0, where x_t is noise. It goes on: the guess moves x_t towards the guessed token's embedding, and
+the path looks again, with x_t in hand. T, here `steps`, counts the evaluations for one token, the first
+included.
 
 Symbols and shapes are those of model.py; "Eq." is the paper's. Read noise, nll, velocity, algorithm_1 first.
 """
@@ -17,7 +18,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError
+from configurator import at_least, require
 
 
 # -------------------------------------------------------------------------------------------- training
@@ -29,15 +30,15 @@ def noise(x_1, x_0, t):
 def sample_t(n, generator, stratified=True):
     """t ~ U[0, 1), one for each of n positions.
 
-    stratified: one draw from each of n equal bins, in random order. Each t alone is still uniform, and the mean over
-    the batch varies less (deviation 5; as in VDM, Kingma et al. 2021, App. I).
+    stratified: one draw from each of n equal bins, in random order. Each t alone is still uniform, and the
+    mean over the batch varies less (deviation 5; as in VDM, Kingma et al. 2021, App. I).
     """
     device = generator.device
     u = torch.rand(n, generator=generator, device=device)
     if not stratified:
         return u
     bins = torch.randperm(n, generator=generator, device=device)
-    return ((bins + u) / n).clamp(max=1 - 2 ** -24)                      # float32 must not round up to 1
+    return ((bins + u) / n).clamp(max=1 - 2 ** -24)               # float32 must not round up to 1
 
 
 def draw(n, path_config, generator, stratified=True):
@@ -47,36 +48,39 @@ def draw(n, path_config, generator, stratified=True):
     return t, path_config.sigma * x_0
 
 
-def nll(model, idx, at, y, label, t=None, x_0=None, times=None):
+def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     """Eq. 3: -log f(x_t, t, c)_y at each target, float32 (N,). The caller sums and weighs.
 
     idx (B, T) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the targets;
-    label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. times, in place of t: x_t comes not from the truth
-    but from the model's own mean guesses, by Algorithm 1 through these times, and the gradient goes through all of it
-    (deviation 12). Without a path: plain cross-entropy of the trunk.
+    label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. unroll = (times, weight), in place of t:
+    x_t comes not from the truth but from the model's own mean guesses, by Algorithm 1 through these times
+    (fixed_point with this weight; euler at 0), and the gradient goes through all of it (deviation 12).
+    Without a path: plain cross-entropy of the trunk.
     """
     c = model.read(idx, at)
     if model.path is None:
         logits = model.trunk.head(c.h)
-    elif times is None:
-        x_1 = model.embed(y)                                             # (N, D)
+    elif unroll is None:
+        x_1 = model.embed(y)                                      # (N, D)
         x_t = noise(x_1, x_0, t)
-        logits = model(x_t, t, c, label[at[0]])                          # (N, V_size)
+        logits = model(x_t, t, c, label[at[0]])                   # (N, V_size)
     else:
         f = Denoiser(model, Sampler(guess="mean"), Tables(model), c, label[at[0]])
-        logits = algorithm_1(f, x_0, times)
+        times, weight = unroll
+        step = partial(fixed_point_step, x_0=x_0, weight=weight) if weight else euler_step
+        logits = algorithm_1(f, x_0, times, step)
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
-def draw_times(most_calls, t_end, shift, generator):
+def draw_times(most_calls, t_end, t_hold, generator):
     """The times of one unrolled pass: 1 to most_calls path calls, uniform in the logarithm, on time_grid."""
     n_calls = int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
-    return time_grid(n_calls, t_end, shift)
+    return time_grid(n_calls, t_end, t_hold)
 
 
 # --------------------------------------------------------------------------------------------- solvers
 def velocity(x_t, t, x_1_hat):
-    """Eq. 4: dx_t/dt = (x_1_hat - x_t) / (1 - t), (N, D). Never asked for at t = 1. t a float < 1, or (N,)."""
+    """Eq. 4: dx_t/dt = (x_1_hat - x_t) / (1 - t), (N, D). t a float below 1, or (N,)."""
     rest = 1 - (t[:, None] if torch.is_tensor(t) else t)
     return (x_1_hat - x_t) / rest
 
@@ -96,17 +100,17 @@ def heun_step(dx, x, a, b):
     """From time a to b with the mean of the slopes at both ends: two evaluations, one where b = 1."""
     v_a = dx(x, a)
     x_b = x + (b - a) * v_a
-    if b == 1:                                                           # there the slope does not exist
+    if b == 1:                                                    # there the slope does not exist
         return x_b
     return x + (b - a) / 2 * (v_a + dx(x_b, b))
 
 
-def relaxed_step(dx, x, a, b, x_0, weight):
-    """From time a to b on the line from x_0 to m, a mean of the guesses so far that each call moves by `weight`.
+def fixed_point_step(dx, x, a, b, x_0, weight):
+    """From time a to b on the line from x_0 to m, a mean of the guesses that each call moves by `weight`.
 
     Every solver here stays on lines x_t = (1 - t) x_0 + t m. Euler gives the newest guess the weight
-    (b - a) / ((1 - a) b), which falls with every call; this one gives it the same weight at every call but the
-    first, as a relaxed fixed-point iteration does. One evaluation.
+    (b - a) / ((1 - a) b), which falls with every call. Here it is the same at every call but the first: a
+    relaxed fixed-point iteration of m -> x_1_hat (deviation 13). One evaluation.
     """
     x_1_hat = x + (1 - a) * dx(x, a)
     m = x_1_hat if a == 0 else (x - (1 - a) * x_0) / a
@@ -114,19 +118,16 @@ def relaxed_step(dx, x, a, b, x_0, weight):
     return (1 - b) * x_0 + b * m
 
 
-def time_grid(n, t_end, shift=1.0):
-    """n + 1 times from 0 to t_end: uniform, or with shift > 1 denser towards the end.
-
-    u = i / n is mapped to shift u / (1 + (shift - 1) u), then scaled by t_end.
-    """
-    return [t_end * (shift * i / (n - i + shift * i)) for i in range(n + 1)] if n else [0.0]
+def time_grid(n, t_end, t_hold=0.0):
+    """0, and n times up to t_end: evenly; or, with t_hold, all but the last at t_hold."""
+    return [0.0] + [t_hold if t_hold and i < n else t_end * (i / n) for i in range(1, n + 1)]
 
 
 def last_time(steps):
     """The time of the last of `steps` evaluations (deviation 6): (steps - 1) / steps, at most 15/16.
 
-    At 1 Euler's x_t is V of the guess, exactly, and holds nothing else. Above 15/16 x_t shows the guess, right or
-    wrong, to a path trained on x_t from the truth, and accuracy falls (docs/LOG.md).
+    At 1 Euler's x_t is V of the guess, exactly, and holds nothing else. Above 15/16 x_t shows the guess,
+    right or wrong, to a path trained on x_t from the truth, and accuracy falls (docs/LOG.md).
     """
     return min((steps - 1) / steps, 15 / 16)
 
@@ -134,11 +135,12 @@ def last_time(steps):
 def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
     """Euler's steps, their size chosen by Heun's error estimate, for each position alone (deviation 7).
 
-    From (x, t) with slope v, the trial x' = x + dt v is evaluated at t + dt, which gives the slope v' there. Heun and
-    Euler differ by e = dt/2 |v' - v| / sqrt(D). If e <= tol the position moves to x' and keeps v', so that an accepted
-    step costs one evaluation; else it tries again with a smaller dt. With argmax guesses e is 0 exactly where the
-    guess has not changed. A position ends at t_end or when its `steps` evaluations are spent.
-    x_1_hat(x, t, where) is asked for the positions where (N,) bool only. Returns x and t (N,), where each stands.
+    From (x, t) with slope v, the trial x' = x + dt v is evaluated at t + dt, which gives the slope v' there.
+    Heun and Euler differ by e = dt/2 |v' - v| / sqrt(D). If e <= tol the position moves to x' and keeps v',
+    so that an accepted step costs one evaluation; else it tries again with a smaller dt. With argmax guesses
+    e is 0 exactly where the guess has not changed. A position ends at t_end or when its `steps` evaluations
+    are spent. x_1_hat(x, t, where) is asked for the positions where (N,) bool only. Returns x and t (N,),
+    where each stands.
     """
     t = torch.zeros(len(x), device=x.device)
     dt = torch.full_like(t, first_step)
@@ -147,12 +149,12 @@ def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
     for _ in range(steps - 1):
         if not where.any():
             break
-        t_new = torch.where(t + 1.01 * dt > t_end, t_end, t + dt)        # no crumb of a step before the end
+        t_new = torch.where(t + 1.01 * dt > t_end, t_end, t + dt)  # no crumb of a step before the end
         dt = t_new - t
         x_new = x + dt[:, None] * v
-        guess, at_1 = x_1_hat(x_new, t_new, where), t_new == 1           # at 1 there is no slope: the step stands
+        guess, at_1 = x_1_hat(x_new, t_new, where), t_new == 1    # at 1 there is no slope: the step stands
         v_new = torch.where(at_1[:, None], v, velocity(x_new, torch.where(at_1, t, t_new), guess))
-        error = dt / 2 * (v_new - v).norm(dim=1) / x.size(1) ** 0.5      # (N,)
+        error = dt / 2 * (v_new - v).norm(dim=1) / x.size(1) ** 0.5  # (N,)
         accept = where & (error <= tol)
         x, v = (torch.where(accept[:, None], new, old) for new, old in ((x_new, x), (v_new, v)))
         t = torch.where(accept, t_new, t)
@@ -166,68 +168,68 @@ def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
 def algorithm_1(f, x_0, times, step=euler_step):
     """Algorithm 1 of the paper, for N tokens at once: logits (N, V_size) of the last of T evaluations.
 
-    f: a Denoiser. x_0 (N, D) ~ N(0, sigma^2 I). times: 0 = t_1 < ... < t_T, T = 1 being plain decoding; a solver
-    with two evaluations an interval asks between them, too. step: the solver. Sampling and unrolled training run
-    this same function.
+    f: a Denoiser. x_0 (N, D) ~ N(0, sigma^2 I). times: 0 = t_1 < ... < t_T; T = 1 is plain decoding. step:
+    the solver, which may ask for a second evaluation between two times. Training with --unroll runs this.
     """
     def dx(x_t, t):
-        x_1_hat = f.x_1_hat(x_t, t)                                      # V_y of the guess y, given x_t and c
-        return velocity(x_t, t, x_1_hat)                                 # Eq. 4
+        x_1_hat = f.x_1_hat(x_t, t)                           # V_y of the guess y, given x_t and c
+        return velocity(x_t, t, x_1_hat)                      # Eq. 4
 
-    x_t = x_0                                                            # noise
-    for a, b in pairwise(times):                                         # T - 1 times: one step of the ODE
+    x_t = x_0                                                 # noise
+    for a, b in pairwise(times):                              # T - 1 times: a step of the ODE
         x_t = step(dx, x_t, a, b)
-    return f.logits(x_t, times[-1])                                      # the token is chosen from these
+    return f.logits(x_t, times[-1])                           # the token is chosen from these
 
 
 @dataclass(frozen=True)
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal["euler", "midpoint", "heun", "relaxed", "adaptive"] = "euler"  # adaptive: at most `steps`
-    t_end: float = 0.0              # time of the last evaluation; 0 = (steps - 1) / steps, at most 15/16; paper: 1
-    shift: float = 1.0              # time grid: 1 uniform, above 1 denser towards t_end
-    weight: float = 0.6             # relaxed: of the newest guess
+    solver: Literal["euler", "midpoint", "heun", "fixed_point", "adaptive"] = "euler"
+    t_end: float = 0.0              # time of the last evaluation; 0 = last_time(steps); the paper has 1
+    t_hold: float = 0.0             # time of all path calls but the last; 0 = evenly spaced up to t_end
+    weight: float = 0.5             # fixed_point: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # a token is done when its guess stays and has a probability above this; 0 = off
-    guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: of the best token, a sampled one, or the mean
+    stop: float = 0.0               # a token is done when x_1_hat is so near to where x_t points; 0 = off
+    guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
+    guide_last: bool = False        # guide the last logits, too; the paper guides x_1_hat alone
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
 
     def __post_init__(self):
-        must = {"steps": (self.steps >= 1, "at least 1 (1 is the untouched trunk)"),
-                "t_end": (0 <= self.t_end <= 1, "in [0, 1]"), "shift": (self.shift > 0, "above 0"),
-                "weight": (0 < self.weight <= 1, "in (0, 1]"), "tol": (self.tol > 0, "above 0"),
-                "stop": (0 <= self.stop < 1, "in [0, 1)"), "top_k": (self.top_k >= 0, "at least 0"),
-                "temperature": (self.temperature >= 0, "at least 0")}
-        for name, (holds, expected) in must.items():
-            if not holds:
-                raise UserError(f"error: {name}={getattr(self, name)}, but it must be {expected}")
+        at_least(self, steps=1, t_hold=0, t_end=0, stop=0, temperature=0, top_k=0)
+        require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
+        require(not self.t_hold or self.t_hold <= self.t_end,
+                f"t_hold={self.t_hold} needs a later t_end, not {self.t_end}")
+        require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
+        require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
 
     def plan(self, x_0):
         """The times and the step of Algorithm 1 that spend `steps` evaluations."""
         cost = 2 if self.solver in ("midpoint", "heun") else 1
         n, odd = divmod(self.steps - 1, cost)
-        times = time_grid(n + odd, self.t_end or last_time(self.steps), self.shift)
-        step = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step,
-                "relaxed": partial(relaxed_step, x_0=x_0, weight=self.weight)}.get(self.solver)
-        if odd:                                                          # the first interval by Euler, with one
+        times = time_grid(n + odd, self.t_end or last_time(self.steps), self.t_hold)
+        fixed_point = partial(fixed_point_step, x_0=x_0, weight=self.weight)
+        step = {"midpoint": midpoint_step, "heun": heun_step, "fixed_point": fixed_point
+                }.get(self.solver, euler_step)
+        if odd:                                               # the first interval by Euler: one evaluation
             return times, lambda dx, x, a, b: (step if a else euler_step)(dx, x, a, b)
         return times, step
 
 
 def predict(f, x_0, sampler):
-    """Logits (N, V_size) after `steps` evaluations, by Algorithm 1 or, each position at its own times, adaptive."""
+    """Logits (N, V_size) of the last evaluation: by Algorithm 1, or each position at times of its own."""
+    f.x_0 = x_0
     if sampler.solver == "adaptive" and sampler.steps > 1:
         t_end = sampler.t_end or last_time(sampler.steps)
         adaptive(f.x_1_hat, x_0, sampler.steps, sampler.tol, t_end)
-        return f.last                                                    # its last evaluation is the prediction
+        return f.last
     return algorithm_1(f, x_0, *sampler.plan(x_0))
 
 
 def choose(logits, u, temperature=1.0, top_k=0):
-    """A token for each row from logits (N, V_size): argmax at temperature 0, else by inversion with u (N,)."""
+    """A token for each row of logits (N, V_size): argmax at temperature 0, else by inversion with u (N,)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -238,8 +240,13 @@ def choose(logits, u, temperature=1.0, top_k=0):
     return token.clamp(max=logits.size(-1) - 1)
 
 
+def probability(logits, token):
+    """What logits (N, V_size) say of the token of each row, (N,)."""
+    return logits.softmax(-1).gather(1, token[:, None])[:, 0]
+
+
 class Tables(dict):
-    """What stays the same from token to token: V (V_size, D), and for each time t the path's condition, every label's."""
+    """What stays from token to token: V (V_size, D), and for each time the path's condition of each label."""
     def __init__(self, model):
         self.path, self.V = model.path, model.embed(slice(None))
 
@@ -250,112 +257,120 @@ class Tables(dict):
 
 
 class Denoiser:
-    """What Algorithm 1 asks of the pair at N positions: logits(x_t, t), and x_1_hat(x_t, t), the guess they make.
+    """What Algorithm 1 asks of the pair at N positions: logits(x_t, t), and the guess x_1_hat(x_t, t).
 
-    The first evaluation, at t = 0, is the trunk's head alone: no path call. The others are counted in nfe (N,), and
-    leave out the positions that have stopped. last (N, V_size) and guess (N,) are those of each one's last evaluation.
+    The first evaluation, at t = 0, is the trunk's head: no path call. The others are counted in nfe (N,), and
+    leave out the positions that have stopped. last (N, V_size) and guess (N,): of the last evaluation.
 
-    c: the Context of the positions; label: (N,) guidance labels, or one int for all; u (N, steps + 1) uniform numbers
-    for sampled guesses; logits: the trunk's, where they are known. trace, if set to N lists, gets (t, guess, its
-    probability) of every evaluation.
+    c: the Context of the positions. label: guidance labels (N,), or one number for all. u (N, steps + 1):
+    uniform numbers for sampled guesses. last: the trunk's logits, if known. trace: keep, for each position, a
+    list of (t, guess, probability) of its evaluations.
     """
-    def __init__(self, model, sampler, tables, c, label, u=None, logits=None):
-        self.model, self.sampler, self.tables, self.c, self.label, self.u = model, sampler, tables, c, label, u
-        self.last = (model.trunk.head(c.h) if logits is None else logits).float()
+    def __init__(self, model, sampler, tables, c, label, u=None, last=None, trace=False):
+        self.model, self.sampler, self.tables = model, sampler, tables
+        self.c, self.label, self.u = c, label, u
         self.nfe = torch.zeros_like(c.pos)
         self.running = torch.ones_like(c.pos, dtype=torch.bool)
-        self.n_evaluations, self.evaluated, self.guess, self.trace = 1, None, None, None
+        self.trace = [[] for _ in c.pos] if trace else None
+        self.n_evaluations = 1
+        self.last = (model.trunk.head(c.h) if last is None else last).float()
+        self.guess = self.best(self.last)
+        self.write_trace(0.0)
 
-    def logits(self, x_t, t, where=None):
-        """f(x_t, t, c), (N, V_size), at t, a float or (N,). where (N,) bool: evaluate these positions only."""
-        if self.guess is None:                                           # the first evaluation, at t = 0
-            self.guess = self.best(self.last)
-            self.write_trace(0.0, slice(None))
-            if not torch.is_tensor(t) and t == 0:
-                return self.last
-        i = self.index(where)
-        if i is None:
-            return self.last
-        self.n_evaluations, self.evaluated = self.n_evaluations + 1, i
-        new = self.path_call(x_t, t, i, self.label)
-        guess = self.best(new, i)
-        if self.sampler.stop:
-            p = new.softmax(-1).gather(1, guess[:, None])[:, 0]
-            self.running[i] = (guess != self.guess[i]) | (p <= self.sampler.stop)
-        if isinstance(i, slice):
-            self.last, self.guess = new, guess
-        else:
-            self.last[i], self.guess[i] = new, guess
-        self.write_trace(t, i)
+    def logits(self, x_t, t):
+        """f(x_t, t, c), (N, V_size), at the time t; with guide_last guided as Eq. 7 does x_1_hat."""
+        i, w = self.evaluate(x_t, t), self.sampler.guidance
+        if self.sampler.guide_last and w != 1 and i is not None:
+            free = self.path_call(x_t, t, i, self.model.no_label)
+            self.last[i] = w * self.last[i] + (1 - w) * free
         return self.last
 
     def x_1_hat(self, x_t, t, where=None):
-        """The guess at (x_t, t), (N, D): V_y of one token y, or the mean over all. Eq. 7 with guidance w (deviation 8):
-        w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls."""
-        before, logits, w = self.n_evaluations, self.logits(x_t, t, where), self.sampler.guidance
-        x_1_hat, i = self.embed(logits, self.guess), self.evaluated
-        if w != 1 and self.n_evaluations > before:                       # at t = 0 there is no label to see
+        """The guess at (x_t, t), (N, D): V_y of one token y, or the mean over all. With guidance w, Eq. 7
+        (deviation 8): w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls."""
+        i, w = self.evaluate(x_t, t, where), self.sampler.guidance
+        x_1_hat = self.embed(self.last, self.guess)
+        if w != 1 and i is not None:
             free = self.path_call(x_t, t, i, self.model.no_label)
             x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(free, self.best(free, i))
+        if self.sampler.stop and i is not None:
+            self.running[i] = self.moves(x_t[i], t[i, None] if torch.is_tensor(t) else t, x_1_hat[i], i)
         return x_1_hat
 
-    def index(self, where):
-        """The positions to evaluate: a slice for all, an index, or None for none."""
-        if where is None and not self.sampler.stop:
-            return slice(None)
-        i = (self.running if where is None else where & self.running).nonzero()[:, 0]
-        return slice(None) if len(i) == len(self.running) else i if len(i) else None
+    def moves(self, x_t, t, x_1_hat, i):
+        """Whether the guess at the positions i may still change, (n,) bool: it has just done so, or x_1_hat is
+        not yet the mean m of the guesses before it, to which x_t = (1 - t) x_0 + t m points."""
+        m = (x_t - (1 - t) * self.x_0[i]) / t
+        distance = (x_1_hat - m).norm(dim=1) / x_t.size(1) ** 0.5  # in units of x_1's standard deviation
+        return ~self.same | (distance > self.sampler.stop)
+
+    def evaluate(self, x_t, t, where=None):
+        """Evaluate at t, a float or (N,), the positions that have not stopped; of these only where (N,) bool.
+        Returns their index, or None for none."""
+        if not torch.is_tensor(t) and t == 0:                 # the trunk's, known from the start
+            return None
+        i = slice(None)
+        if where is not None or self.sampler.stop:
+            where = self.running if where is None else where & self.running
+            if not where.any():
+                return None
+            i = i if where.all() else where.nonzero()[:, 0]
+        self.n_evaluations += 1
+        last = self.path_call(x_t, t, i, self.label)
+        guess = self.best(last, i)
+        self.same = guess == self.guess[i]
+        if isinstance(i, slice):
+            self.last, self.guess = last, guess
+        else:
+            self.last[i], self.guess[i] = last, guess
+        self.write_trace(t, i)
+        return i
 
     def path_call(self, x_t, t, i, label):
         """Logits (n, V_size) of the pair at the positions i, with this label."""
         self.nfe[i] += 1
-        n = len(self.nfe[i])
-        if torch.is_tensor(t):                                           # each position has its own time
-            t, label = t[i], label[i] if torch.is_tensor(label) else torch.full_like(self.nfe[i], label)
-            condition = self.model.path.condition(t, label)
+        one = slice(label, label + 1) if type(label) is int else label[i]      # one row of a table for all
+        if torch.is_tensor(t):                                # each position has its own time
+            t, labels = t[i], torch.arange(self.model.no_label + 1, device=t.device)[one]
+            condition = self.model.path.condition(t, labels.expand(t.shape))
         else:
-            modulations, w_d = self.tables[t]
-            row = label[i] if torch.is_tensor(label) else slice(label, label + 1)
-            condition, t = ([m[row] for m in modulations], w_d[row]), torch.full((n,), t, device=x_t.device)
+            (modulations, w_d), t = self.tables[t], torch.full((len(x_t[i]),), t, device=x_t.device)
+            condition = [m[one] for m in modulations], w_d[one]
         c = self.c if isinstance(i, slice) else self.c.select(i)
         return self.model(x_t[i], t, c, None, condition).float()
 
     def best(self, logits, i=slice(None)):
-        """The guess at the positions i, (n,): the most probable token, or a sampled one."""
+        """The guess (n,) at the positions i: the most probable token, or a sampled one."""
         if self.sampler.guess == "sample":
             return choose(logits, self.u[i, self.n_evaluations])
         return logits.argmax(-1)
 
     def embed(self, logits, guess):
-        """x_1_hat (N, D) of logits and guess, in float32 also under autocast."""
+        """x_1_hat (n, D); in float32 also under autocast."""
         if self.sampler.guess != "mean":
             return self.tables.V[guess]
         with torch.autocast(logits.device.type, enabled=False):
             return logits.softmax(-1) @ self.tables.V
 
-    def write_trace(self, t, i):
-        if self.trace is None:
-            return
-        times = t.tolist() if torch.is_tensor(t) else [t] * len(self.nfe)
-        p = self.last.softmax(-1).gather(1, self.guess[:, None])[:, 0].tolist()
-        for n in torch.arange(len(self.nfe))[i if isinstance(i, slice) else i.cpu()].tolist():
-            self.trace[n].append((times[n], self.guess[n].item(), p[n]))
+    def write_trace(self, t, i=slice(None)):
+        if self.trace is not None:
+            p, t = probability(self.last, self.guess), torch.as_tensor(t).expand(len(self.guess))
+            for n in torch.arange(len(p))[i].tolist():
+                self.trace[n].append((t[n].item(), self.guess[n].item(), p[n].item()))
 
 
 @torch.no_grad()
 def teacher_forced(model, idx, at, sampler, generator, label=None):
-    """Algorithm 1 at every position given its true context, all at once: what no text generated before can blur.
+    """Algorithm 1 at every position given its true context, all at once: sharper than comparing texts.
 
     idx (B, T); at = (rows, columns), each (N,); label (B,) or None; generator draws the noise. Returns logits
     (N, V_size) and path calls (N,).
     """
-    c, n = model.read(idx, at), len(at[0])
+    c, n, tables, x_0 = model.read(idx, at), len(at[0]), None, None
     label = model.no_label if label is None else label[at[0]]
-    tables = x_0 = None
     if sampler.steps > 1:
         tables, config = Tables(model), model.path.config
         x_0 = config.sigma * torch.randn(n, config.x_dim, generator=generator, device=idx.device)
     u = torch.rand(n, sampler.steps + 1, generator=generator, device=idx.device)
     f = Denoiser(model, sampler, tables, c, label, u)
     return predict(f, x_0, sampler), f.nfe
-

@@ -7,103 +7,171 @@ import os
 import re
 import struct
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
-import requests
 import torch
 
 from configurator import UserError
-from prepare_data import download
+from files import TIMEOUT, download
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+PINNED = {"gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e", 548105171,
+                   "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707")}
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a GPT-2 config may say that changes what the network computes, and what it says of ours.
+OURS = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "pruned_heads": ({}, None),
+        "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,)}
 
 
 def load_gpt2(name):
-    """GPT-2's weights from a hub name, a .safetensors file or a directory that has one: (tensors, n_head, path).
-
-    tensors: {name: float32 tensor} under the names of class GPT. Raises UserError where the file cannot be had, is
-    damaged, or is not GPT-2.
     """
-    path = Path(name) if os.path.exists(name) else download_weights(name)
-    path = path / "model.safetensors" if path.is_dir() else path
-    tensors = clean_names(read_safetensors(path), path)
-    n_head = heads_from_config(path.parent / "config.json") or tensors["wte.weight"].shape[1] // 64   # as every released GPT-2
+    GPT-2's weights from a hub name, a .safetensors file or a directory that has one: (tensors, n_head, path).
+
+    tensors: {name: float32 tensor} under the names of class GPT. Raises UserError where the file cannot be
+    had, is damaged, or is not GPT-2.
+    """
+    path = Path(os.path.expanduser(name))
+    path = find_weights(path, name) if path.exists() else download_weights(name)
+    tensors = clean_names(read_sharded(path) if path.name == INDEX else read_safetensors(path), path)
+    n_embd, config = tensors["wte.weight"].shape[1], path.parent / "config.json"
+    if config.exists():
+        n_head = check_config(config, tensors)
+    elif n_embd % 64 == 0:
+        n_head = n_embd // 64
+        if path.parent.parent != Path("data/weights"):       # the hub's, whose heads are known
+            print(f"note: there is no {config}; assumed {n_head} heads of 64, as every released GPT-2 has")
+    else:
+        raise UserError(f"error: {path} does not tell the number of heads; put its config.json beside it")
     return {k: v.float() for k, v in tensors.items()}, n_head, path
+
+
+def find_weights(path, name):
+    """The file with the weights at path, a file or a directory."""
+    if not path.is_dir():
+        return path
+    for file in (FILE, INDEX):
+        if (path / file).exists():
+            return path / file
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    if (path / "pytorch_model.bin").exists():                # a pickle, which may run code
+        remedy = f"convert it: python -c \"from transformers import GPT2LMHeadModel as M; " \
+                 f"M.from_pretrained('{path}').save_pretrained('{path}')\""
+    elif name in NAMES:
+        remedy = f"it hides the hub's name, so for those weights write --trunk=openai-community/{name}"
+    else:
+        remedy = f"fetch {FILE} into it"
+    raise UserError(f"error: the folder {path} has no {FILE} (it has: {found}); {remedy}")
 
 
 def download_weights(name):
     """The path of the weights with that hub name, fetched to data/weights if they are not there yet."""
     size = name.removeprefix("openai-community/")
     if size not in NAMES:
-        raise UserError(f"error: no such trunk: {name!r} is neither a file, a directory nor one of {', '.join(NAMES)}")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    path, sha256, n_bytes = Path("data/weights") / size / "model.safetensors", None, None
+        raise UserError(f"error: no such trunk: {name!r} is neither a file, a directory nor one of "
+                        f"{', '.join(NAMES)}")
+    path = Path("data/weights") / size / FILE
     if path.exists():
         return path
-    revision = "main"
-    if size == "gpt2":
-        revision, n_bytes = "607a30d783dfa663caf39e06633721c8d4cfcd7e", 548105171
-        sha256 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
-    url = f"{endpoint}/openai-community/{size}/resolve/{revision}/model.safetensors"
-    if sha256 is None:                          # the hub names the hash of a large file in the answer's header
-        try:
-            reply = requests.head(url, timeout=(10, 60))
-            reply.raise_for_status()
-        except requests.RequestException as e:
-            raise UserError(f"error: cannot reach {url} ({e}); fetch model.safetensors by hand and pass its path")
-        sha256 = reply.headers.get("X-Linked-Etag", "").strip('"')
-        if not re.fullmatch("[0-9a-f]{64}", sha256):
-            raise UserError(f"error: {url} comes without a sha256 (X-Linked-Etag) to check it against; fetch it by hand and pass its path")
-    download(url, path, n_bytes, sha256)
-    return path
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    revision, n_bytes, sha256 = PINNED.get(size, ("main", None, None))
+    url = f"{endpoint}/openai-community/{size}/resolve/{revision}/{FILE}"
+    return download(url, path, n_bytes, sha256 or hash_of_the_hub(url))
 
 
-def heads_from_config(path):
-    """n_head from the config.json beside the weights, checked to be GPT-2's kind of model; None without that file."""
-    if not path.exists():
-        return None
+def hash_of_the_hub(url):
+    """The sha256 that the hub, or a mirror of it, names in the header of its answer for a large file."""
+    import requests  # here, for it takes long to load
+
+    at = url
     try:
-        config = json.loads(path.read_text())
-        n_head = int(config["n_head"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"error: {path} is not the config of a GPT-2: it must be a JSON object with n_head")
-    expected = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
-                "scale_attn_by_inverse_layer_idx": (False,)}
-    for key, values in expected.items():
+        for _ in range(5):
+            reply = requests.head(at, timeout=TIMEOUT)
+            sha256 = reply.headers.get("X-Linked-Etag", "").strip('"')
+            target = urljoin(at, reply.headers.get("Location", ""))
+            if sha256 or not reply.is_redirect or urlsplit(target).netloc != urlsplit(at).netloc:
+                break                                        # the storage elsewhere knows no hash
+            at = target                                      # a mirror's own redirect
+        reply.raise_for_status()
+    except requests.RequestException as e:
+        raise UserError(f"error: cannot reach {url} ({e}); fetch {FILE} by hand and pass its path") from None
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise UserError(f"error: {url} comes without a sha256 (X-Linked-Etag) to check it against; fetch it "
+                        "by hand and pass its path")
+    return sha256
+
+
+def check_config(path, tensors):
+    """n_head from the config.json beside the weights. Raises UserError if it is another model's than ours."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        n_head = config["n_head"]
+        if type(n_head) is not int or n_head < 1:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"error: {path} is not the config of a GPT-2: it must be a JSON object with "
+                        "n_head, a whole number above 0") from None
+    (vocab_size, n_embd), n_positions = tensors["wte.weight"].shape, tensors["wpe.weight"].shape[0]
+    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+    ours = OURS | {"n_inner": (None, 4 * n_embd), "vocab_size": (vocab_size,), "n_embd": (n_embd,),
+                   "n_positions": (n_positions,), "n_layer": (n_layer,)}
+    for key, values in ours.items():
         if config.get(key, values[0]) not in values:
-            raise UserError(f"error: {path} has {key}={config[key]}, but GPT-2 has {values[0]}; these weights would give other logits here")
+            raise UserError(f"error: {path} has {key}={config[key]}, but GPT-2 with these weights has "
+                            f"{values[0]}; they would give other logits here")
     return n_head
+
+
+def read_sharded(path):
+    """{name: tensor} of the shards that an index names: {"weight_map": {tensor: file}}."""
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = {file: read_safetensors(path.parent / file) for file in sorted(set(places.values()))}
+        return {name: files[file][name] for name, file in places.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"error: {path} does not fit the files beside it ({type(e).__name__}: {e}); fetch "
+                        "all of them again") from None
 
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8-byte little-endian header length, JSON header, raw tensors."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+              "BOOL": torch.bool}
+
     def bad(what):
         return UserError(f"error: {path} is not a valid .safetensors file ({what}); fetch it again")
+
     try:
-        data = bytearray(Path(path).read_bytes())
+        data = bytearray(os.path.getsize(path))
+        with open(path, "rb") as f:
+            del data[f.readinto(data):]
     except OSError as e:
-        raise UserError(f"error: cannot read the weights at {path}: {e.strerror}")
+        raise UserError(f"error: cannot read the weights at {path}: {e.strerror}") from None
+    if data[:2] in (b"PK", b"\x80\x02"):
+        raise UserError(f"error: {path} is a pickle of PyTorch, which may run code; give a .safetensors file")
     if len(data) < 8 or (n := struct.unpack("<Q", data[:8])[0]) > 100_000_000 or n + 8 > len(data):
         raise bad("its header is cut short")
     try:
         header = json.loads(data[8:8 + n])
-        assert isinstance(header, dict)
-    except (ValueError, AssertionError):
-        raise bad("its header is not JSON")
-    header.pop("__metadata__", None)
+        header.pop("__metadata__", None)
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise bad("its header is not a JSON object") from None
     tensors = {}
     for name, entry in header.items():
         try:
             dtype, shape, (start, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if not all(type(z) is int and 0 <= z < 2 ** 63 for z in (*shape, start, end)):
+                raise ValueError
             count = math.prod(shape)
-            fits = all(type(z) is int and z >= 0 for z in (*shape, start, end)) \
-                and end <= len(data) - n - 8 and end - start == count * dtype.itemsize
-        except (KeyError, TypeError, ValueError):
-            raise bad(f"the entry of {name} cannot be read")
+            if fits := end <= len(data) - n - 8 and end - start == count * dtype.itemsize:
+                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + n + start) if count \
+                    else torch.empty(0, dtype=dtype)
+                tensors[name] = flat.view(shape)
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise bad(f"the entry of {name} cannot be read") from None
         if not fits:
             raise bad(f"the tensor {name} does not lie inside the file; it may be cut short")
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + n + start).view(shape) \
-            if count else torch.empty(shape, dtype=dtype)
     return tensors
 
 
@@ -114,10 +182,14 @@ def clean_names(tensors, path):
     for name, tensor in tensors.items():
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            continue                            # the causal mask of old checkpoints; the tied head
-        conv1d = name.endswith(transposed) and tensor.dim() == 2              # checkpoints have Conv1D: (in, out)
+            continue                                         # the causal mask of old files; the tied head
+        if not tensor.is_floating_point():
+            raise UserError(f"error: {path}: {name} holds {tensor.dtype}, not floating-point numbers; "
+                            "fetch the weights without quantization")
+        conv1d = name.endswith(transposed) and tensor.dim() == 2     # checkpoints have Conv1D: (in, out)
         out[name] = tensor.t() if conv1d else tensor
-    if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], out.get("wte.weight", torch.empty(0))):
+    head = tensors.get("lm_head.weight")
+    if head is not None and not torch.equal(head, out.get("wte.weight", torch.empty(0))):
         raise UserError(f"error: {path}: lm_head.weight differs from wte.weight; GPT-2's head is tied")
     if any(name not in out or out[name].dim() != 2 for name in ("wte.weight", "wpe.weight")):
         raise UserError(f"error: {path} has no matrices wte.weight and wpe.weight; it is not GPT-2")

@@ -14,19 +14,16 @@ from configurator import UserError
 
 
 def pick_device(want):
-    """The torch.device of --device (auto, cpu, cuda, mps), this rank's own GPU under torchrun. UserError if there is none.
-
-    auto is CUDA where it is, else the CPU: a Mac's GPU (mps) has not been tried, and has to be asked for.
-    """
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = want if want != "auto" else "cuda" if found["cuda"] else "cpu"
-    if not found[kind]:
-        raise UserError(f"error: --device={want}, but this machine, or this build of torch, has none; use --device=cpu")
-    if kind != "cuda":
-        return torch.device(kind)
+    """The torch.device of --device, under torchrun this rank's own GPU. auto: CUDA where it is; a Mac works on
+    its CPU. Raises UserError where there is no CUDA to use."""
+    if want == "cpu" or want == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("error: --device=cuda, but this machine, or its torch, has no CUDA; use --device=cpu")
     local, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= n:
-        raise UserError(f"error: rank {local} of this host has no GPU, there are {n}; use torchrun --nproc_per_node={n}")
+        raise UserError(f"error: rank {local} of this host has no GPU of its own, there are {n}; use "
+                        f"torchrun --nproc_per_node={n}")
     torch.cuda.set_device(local)
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention plans anew for every shape, and decoding has a new one for every token
@@ -35,7 +32,8 @@ def pick_device(want):
 
 
 def pick_dtype(want, device):
-    """The torch.dtype of --dtype. auto: float32 on a CPU, bfloat16 on a GPU, float16 on one that only emulates it."""
+    """The torch.dtype of --dtype. auto: float32 on a CPU, bfloat16 on a GPU, float16 on one that only
+    emulates it."""
     if want == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -44,8 +42,8 @@ def pick_dtype(want, device):
 
 
 def use_kernels_for_training(device, dtype):
-    """On a CPU in half precision the backward of the fused attention takes 8 to 9 times as long as plain matmuls."""
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or dtype == torch.float32)   # a CPU obeys it, too
+    """All; but on a CPU in half precision the fused one's backward takes 8 times as long as plain matmuls."""
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or dtype == torch.float32)  # a CPU obeys, too
 
 
 def compiles(device):
@@ -73,9 +71,9 @@ class Ranks:
         missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if not 0 <= self.rank < self.world or self.world > 1 and missing:
             values = " ".join(f"{k}={os.environ.get(k)}" for k in ("RANK", "WORLD_SIZE", *missing))
-            raise UserError(f"error: {values} in the environment do not go together; start several ranks with "
+            raise UserError(f"error: {values} in the environment do not go together; start several ranks by "
                             "torchrun, or unset these for one process")
-        if self.world > 1:                                               # the timeout outlasts rank 0's downloads
+        if self.world > 1:                                        # the timeout outlasts rank 0's downloads
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1),
                                     device_id=device if device.type == "cuda" else None)
 
@@ -113,8 +111,8 @@ class Ranks:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM, noted instead of obeyed: number is that of the signal, 0 before. A second one ends the
-    process at once. Exit with status 128 + number."""
+    """Ctrl-C and SIGTERM, noted instead of obeyed: number is that of the signal, 0 before. A second one ends
+    the process at once. Exit with status 128 + number."""
     def __init__(self):
         self.number = 0
         for s in (signal.SIGINT, signal.SIGTERM):

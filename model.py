@@ -1,10 +1,9 @@
-"""
-GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
+""" GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
 arXiv 2501.15781; "Eq." below are the paper's).
 
-The *trunk* is GPT-2, frozen. The *path* runs beside it. It takes a noised embedding x_t of the token to predict,
-attends to the trunk's keys and values, and is added to the trunk once, before the final norm and the head.
-diffusion.py says where x_t comes from.
+The *trunk* is GPT-2, frozen. The *path* runs beside it. It takes a noised embedding x_t of the token to
+predict, attends to the trunk's keys and values, and is added to the trunk once, before the final norm and the
+head. diffusion.py says where x_t comes from.
 
 Shapes and symbols, here and in diffusion.py:
     B, T    batch, sequence length                 C, L, H  n_embd, n_layer, n_head
@@ -45,15 +44,14 @@ class GPTConfig:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
             raise UserError(f"error: every size of the trunk must be at least 1, not {self}")
         if self.n_embd % self.n_head:
-            raise UserError(f"error: n_embd={self.n_embd} is not divisible by n_head={self.n_head}; each head "
-                            "takes n_embd / n_head channels")
+            raise UserError(f"error: n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
 
 
 GPT2_SIZES = {
-    "gpt2":        GPTConfig(),                                      # 124M parameters
-    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),    # 355M
-    "gpt2-large":  GPTConfig(n_layer=36, n_head=20, n_embd=1280),    # 774M
-    "gpt2-xl":     GPTConfig(n_layer=48, n_head=25, n_embd=1600),    # 1558M
+    "gpt2":        GPTConfig(),                                   # 124M parameters
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large":  GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl":     GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 
 
@@ -65,9 +63,9 @@ def borrow(module, name, value):
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / rank) B A x (Hu et al. 2021), with B = 0 at the start.
 
-    linear: the nn.Linear that holds W and b, which do not train. owned: register it here (a LoRA on the trunk),
-    or only borrow it from the trunk (the path's LoRA). n_out: use only the first n_out outputs of W (the queries
-    of c_attn).
+    linear: the nn.Linear that holds W and b, which do not train. owned: register it here (a LoRA on the
+    trunk), or only borrow it from the trunk (the path's LoRA). n_out: use only the first n_out outputs of W
+    (the queries of c_attn).
     """
     def __init__(self, linear, rank, alpha, owned, n_out=None):
         super().__init__()
@@ -92,7 +90,7 @@ def attention(q, k, v, mask=None):
     causally and a single query attends to every key. Returns (B, T, C).
     """
     B, T, C = q.shape
-    q = q.view(B, T, k.size(1), -1).transpose(1, 2)                      # (B, H, T, C/H)
+    q = q.view(B, T, k.size(1), -1).transpose(1, 2)               # (B, H, T, C/H)
     assert mask is not None or T in (1, k.size(2)), "the causal mask needs as many queries as keys"
     # a bool, not `mask is None and T > 1`: that turns symbolic once T varies, and torch.compile breaks on it
     is_causal = True if mask is None and T > 1 else False
@@ -104,14 +102,14 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)        # query, key, value
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, pos=None, mask=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
-        k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (k, v))   # (B, H, T, C/H)
-        if cache is not None:                                            # write k, v at pos, read them all
+        k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (k, v))  # (B, H, T, C/H)
+        if cache is not None:                                     # write k, v at pos, read them all
             where = pos[:, None, :, None].expand_as(k)
             k, v = cache[0].scatter_(2, where, k), cache[1].scatter_(2, where, v)  # (B, H, S, C/H)
         return self.c_proj(attention(q, k, v, mask)), (k, v)
@@ -123,7 +121,7 @@ class MLP(nn.Module):
         self.c_fc, self.c_proj = c_fc, c_proj
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))     # GPT-2's GELU is the tanh form
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's GELU is the tanh form
 
 
 class Block(nn.Module):
@@ -159,7 +157,8 @@ class GPT(nn.Module):
         """Matrices and embeddings N(0, 0.02^2); c_proj N(0, 0.02^2 / 2L); biases 0; norms 1."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02)
+                n_added = 2 * self.config.n_layer if "c_proj" in name else 1  # terms in the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(n_added))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -172,7 +171,7 @@ class GPT(nn.Module):
         """
         if pos is None:
             pos = torch.arange(idx.size(1), device=idx.device)[None].expand_as(idx)
-        x = self.wte(idx) + self.wpe(pos)                                # (B, T, C)
+        x = self.wte(idx) + self.wpe(pos)                         # (B, T, C)
         kv = []
         for i, block in enumerate(self.h):
             x, pair = block(x, cache[i] if cache is not None else None, pos, mask)
@@ -180,7 +179,7 @@ class GPT(nn.Module):
         return x, kv
 
     def lm_head(self, h):
-        return F.linear(h, self.wte.weight)                              # tied to the embedding
+        return F.linear(h, self.wte.weight)                       # tied to the embedding
 
     def head(self, h):
         """States (..., C) -> logits (..., V_size)."""
@@ -206,13 +205,13 @@ class GPT(nn.Module):
 @dataclass(frozen=True)
 class PathConfig:
     # the diffusion path
-    path_mode: Literal["none", "lora", "full"] = "full"  # a LoRA on the trunk's weights, or a full copy of its blocks
+    path_mode: Literal["none", "lora", "full"] = "full"  # a LoRA on the trunk, or a copy of it
     lora_rank: int = 32             # of the path's LoRA, and of the trunk's
     lora_alpha: float = 32.0
     x_dim: int = 256                # D, size of the token space
     t_dim: int = 256                # E, width of the time embedding
     sigma: float = 64.0             # standard deviation of the noise x_0
-    input_scale: Literal["wiener", "unit"] = "wiener"  # how x_t enters the path (deviation 3); unit: the paper
+    input_scale: Literal["wiener", "unit"] = "wiener"  # how x_t enters (deviation 3); unit: the paper
     time_scale: float = 1000.0      # factor on t before its sinusoids (deviation 4); 1: the paper
     token_input: bool = True        # the last token enters the path, too (deviation 2); False: the paper
     gate_init: float = 1.0          # gates of the path's residuals at the start (deviation 2); 0: the paper
@@ -231,30 +230,32 @@ def two_layers(n_in, n_hidden, n_out, zero=False, bias=True):
 def time_features(t, dim, time_scale):
     """Sinusoids of time_scale * t (deviation 4), of periods 2 pi to 2 pi * 10^4. t (N,) -> (N, dim)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = time_scale * t[:, None] * freqs                             # (N, dim / 2)
+    angles = time_scale * t[:, None] * freqs                      # (N, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def scale_input(x_t, t, sigma, kind):
     """What the path is fed (deviation 3), float32 (N, D).
 
-    A coordinate of x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2, since one of x_1 has 1 (Eq. 5).
+    A coordinate of x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2, since one of x_1 has 1
+    (Eq. 5).
     unit:   x_t / sqrt(variance), of unit variance at every t [the paper's code].
     wiener: t x_t / variance, the best linear estimate of x_1: near 0 while x_t says nothing.
     """
-    variance = t * t + (1 - t) ** 2 * sigma ** 2                         # (N,)
+    variance = t * t + (1 - t) ** 2 * sigma ** 2                  # (N,)
     gain = t / variance if kind == "wiener" else variance.rsqrt()
     return x_t * gain[:, None]
 
 
 class PathBlock(nn.Module):
-    """A block of the path: GPT-2's, but its queries look at the trunk's keys and values, and t modulates it."""
+    """A block of the path: GPT-2's, but its queries look at the trunk's keys and values, and t modulates
+    it."""
     def __init__(self, block, config):
         super().__init__()
         C, attn, mlp = block.ln_1.normalized_shape[0], block.attn, block.mlp
         if config.path_mode == "full":
             self.c_q = nn.Linear(C, C)
-            self.c_q.weight.data.copy_(attn.c_attn.weight[:C])           # the query third of c_attn
+            self.c_q.weight.data.copy_(attn.c_attn.weight[:C])    # the query third of c_attn
             self.c_q.bias.data.copy_(attn.c_attn.bias[:C])
             copies = map(copy.deepcopy, (block.ln_1, attn.c_proj, block.ln_2, mlp))
             self.ln_1, self.c_proj, self.ln_2, self.mlp = copies
@@ -267,7 +268,7 @@ class PathBlock(nn.Module):
             self.c_q, self.c_proj = lora(attn.c_attn, n_out=C), lora(attn.c_proj)
             self.mlp = MLP(lora(mlp.c_fc), lora(mlp.c_proj))
         self.modulation = two_layers(config.t_dim, config.t_dim, 6 * C, zero=True)
-        with torch.no_grad():                                            # the two gates of what modulate returns
+        with torch.no_grad():                                     # the two gates of what modulate returns
             self.modulation[2].bias.view(6, C)[[2, 5]] = config.gate_init
 
     def modulate(self, emb):
@@ -279,7 +280,7 @@ class PathBlock(nn.Module):
     def forward(self, h, modulation, kv, at, mask):
         """h (N, C); modulation (N, 6C) or (1, 6C) from modulate; kv, at, mask as in Context."""
         weight_1, bias_1, gate_1, weight_2, bias_2, gate_2 = modulation.chunk(6, dim=-1)
-        q = self.c_q(norm(h) * weight_1 + bias_1)                        # (N, C)
+        q = self.c_q(norm(h) * weight_1 + bias_1)                 # (N, C)
         h = h + gate_1 * self.c_proj(attend_at(q, *kv, at, mask))
         return h + gate_2 * self.mlp(norm(h) * weight_2 + bias_2)
 
@@ -291,9 +292,10 @@ def norm(h):
 def attend_at(q, k, v, at, mask):
     """Attention of N single queries (N, C) over the trunk's k, v (B, H, S, C/H) -> (N, C).
 
-    The queries lie in a grid (B, Q): query i in row at[0][i], column at[1][i]. at = None: they fill it in order.
-    mask (B, 1, Q, S) says which keys each place of the grid sees. Without a mask Q is 1, and a query sees every key;
-    or Q = S, and column k sees the keys 0..k, so that one causal kernel (flash attention) serves all of them.
+    The queries lie in a grid (B, Q): query i in row at[0][i], column at[1][i]. at = None: they fill it in
+    order. mask (B, 1, Q, S) says which keys each place of the grid sees. Without a mask Q is 1, and a query
+    sees every key; or Q = S, and column k sees the keys 0..k, so that one causal kernel (flash attention)
+    serves all of them.
     """
     B, _, S, _ = k.shape
     if at is None:
@@ -305,21 +307,21 @@ def attend_at(q, k, v, at, mask):
 class DiffusionPath(nn.Module):
     """The path of L2D: as many blocks as the trunk, initialised from it (see PathBlock).
 
-    At the start what x_t and t add is zero, and w_d is w_init for t > 0: the path computes the trunk's own states,
-    and the pair predicts at every t what the trunk does (deviation 2). With token_input=False, gate_init=0, w_init=0
-    it starts as in the paper. Label n_labels means "no label".
+    At the start what x_t and t add is zero, and w_d is w_init for t > 0: the path computes the trunk's own
+    states, and the pair predicts at every t what the trunk does (deviation 2). With token_input=False,
+    gate_init=0, w_init=0 it starts as in the paper. Label n_labels means "no label".
     """
     def __init__(self, trunk, config, n_labels):
         super().__init__()
         self.config, self.n_labels = config, n_labels
         C, D, E = trunk.config.n_embd, config.x_dim, config.t_dim
-        self.W = nn.Linear(C, D, bias=False)                             # Eq. 5
-        self.x_in = two_layers(D, D, C, zero=config.token_input)         # deviation 2
+        self.W = nn.Linear(C, D, bias=False)                      # Eq. 5
+        self.x_in = two_layers(D, D, C, zero=config.token_input)  # deviation 2
         self.t_in = two_layers(E, E, E)
         self.label = nn.Embedding(n_labels + 1, E)
         nn.init.normal_(self.label.weight, std=0.02)
         self.h = nn.ModuleList(PathBlock(block, config) for block in trunk.h)
-        self.w = two_layers(E, E, C, zero=True, bias=False)              # w(t) of Eq. 6; a bias would cancel
+        self.w = two_layers(E, E, C, zero=True, bias=False)       # w(t) of Eq. 6; a bias would cancel
 
     def token_space(self, e):
         """Eq. 5: V_y = sqrt(D) W e_y / |W e_y|, float32. e (..., C) token embeddings -> (..., D)."""
@@ -334,9 +336,9 @@ class DiffusionPath(nn.Module):
 
     def condition(self, t, label):
         """All that depends on t (N,) and label (N,) alone: L modulations (N, 6C), and w_d (N, C)."""
-        emb = self.time_embedding(t, label)                              # (N, E)
-        emb_0 = self.time_embedding(torch.zeros_like(t), label)          # in the same shape: it rounds the same
-        w_d = self.w(emb) - self.w(emb_0)                                # Eq. 6: exactly 0 at t = 0
+        emb = self.time_embedding(t, label)                       # (N, E)
+        emb_0 = self.time_embedding(torch.zeros_like(t), label)   # in the same shape: it rounds the same
+        w_d = self.w(emb) - self.w(emb_0)                         # Eq. 6: exactly 0 at t = 0
         w_d = w_d + self.config.w_init * (t > 0)[:, None].to(w_d.dtype)  # deviation 2
         return [block.modulate(emb) for block in self.h], w_d
 
@@ -346,7 +348,7 @@ class DiffusionPath(nn.Module):
         start (N, C) is what enters besides x_t, see L2D.forward.
         """
         x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
-        h = self.x_in(x.to(self.W.weight.dtype)) + start                 # (N, C)
+        h = self.x_in(x.to(self.W.weight.dtype)) + start          # (N, C)
         for block, modulation, kv in zip(self.h, modulations, c.kv):
             h = block(h, modulation, kv, c.at, c.mask)
         return h
@@ -354,7 +356,8 @@ class DiffusionPath(nn.Module):
 
 # -------------------------------------------------------------------------------------------- the pair
 class Context(NamedTuple):
-    """c in the paper: what the trunk has read, and all that predicting the next token at N positions needs."""
+    """c in the paper: what the trunk has read, and all that predicting the next token at N positions
+    needs."""
     h: torch.Tensor                 # (N, C) the trunk's states there, before the final norm
     token: torch.Tensor             # (N,) the token there, the last of its context
     pos: torch.Tensor               # (N,) its position
@@ -363,8 +366,11 @@ class Context(NamedTuple):
     mask: torch.Tensor = None       # (B, 1, Q, S), True = visible
 
     def select(self, i):
-        """The same for the positions i (n,) only, in their order; rows that hold none of them are left out."""
-        B, S = self.kv[0][0].size(0), self.kv[0][0].size(2)
+        """The same for the positions i (n,) only, in their order; rows that hold none of them are left
+        out."""
+        B = self.kv[0][0].size(0)
+        if self.at is None and self.mask is None:                 # one query a row, which sees every key
+            return Context(self.h[i], self.token[i], self.pos[i], [(k[i], v[i]) for k, v in self.kv])
         if self.at is None:
             n_columns = len(self.pos) // B
             rows, columns = i // n_columns, i % n_columns
@@ -404,12 +410,12 @@ class L2D(nn.Module):
     def forward(self, x_t, t, c, label, condition=None):
         """f(x_t, t, c), logits (N, V_size), by Eq. 6: the head of h = h_trunk + w_d(t) * h_path.
 
-        x_t (N, D) and t (N,) float32; c a Context; label (N,) guidance labels. condition: path.condition(t, label)
-        where it is already known, for each position or one for all.
+        x_t (N, D) and t (N,) float32; c a Context; label (N,) guidance labels. condition: path.condition(t,
+        label) where it is already known, for each position or one for all.
         """
         modulations, w_d = condition if condition is not None else self.path.condition(t, label)
-        start = self.trunk.wpe(c.pos)                                    # (N, C), deviation 1
-        if self.path.config.token_input:                                 # deviation 2
+        start = self.trunk.wpe(c.pos)                             # (N, C), deviation 1
+        if self.path.config.token_input:                          # deviation 2
             start = start + self.trunk.wte(c.token)
         h_path = self.path(x_t, t, start, modulations, c)
         return self.trunk.head(c.h + w_d * h_path)

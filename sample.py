@@ -14,9 +14,10 @@ from checkpoint import load
 from configurator import UserError, at_least, configure, run
 from decode import Decoding, generate
 from packed import pack
-from tasks import encode_question
+from tokens import encode_question
 
-QUESTION = "Jack buys 5 trays of 10 lemons each. He throws 45 lemons away. How many lemons does Jack have now?"
+QUESTION = ("Jack buys 5 trays of 10 lemons each. He throws 45 lemons away. "
+            "How many lemons does Jack have now?")
 
 
 @dataclass(frozen=True)
@@ -29,32 +30,35 @@ class Config(Decoding):
     num_samples: int = 1
     trace: bool = False             # show how each token's guess changes over the steps
     # machine
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: float32 on a CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
 
 
 def check(config, model, checkpoint):
-    """The number of the label that config names. Raises UserError where config asks for what the model has not."""
+    """The number of the label that config names. Raises UserError where config asks for what the model has
+    not."""
     names, out_dir = checkpoint["data"]["label_names"], config.out_dir
     if model.path is None and config.steps > 1:
-        raise UserError(f"error: {out_dir} holds a trunk without a path, which has only --steps=1, not {config.steps}; "
-                        f"train a path on it: python train.py --trunk={out_dir}/best.pt "
+        raise UserError(f"error: {out_dir} holds a trunk without a path, which has only --steps=1, not "
+                        f"{config.steps}; train a path on it: python train.py --trunk={out_dir}/best.pt "
                         f"--data_dir={checkpoint['config']['data_dir']} --out_dir=out/l2d")
     if config.label and (model.path is None or config.label not in names):
         known = ", ".join(names) if model.path else "none, for want of a path"
         raise UserError(f"error: label={config.label!r}, but the labels of {out_dir} are: {known}")
     if config.guidance != 1 and not config.label:
         raise UserError(f"error: guidance={config.guidance} needs a --label: one of {', '.join(names)}")
-    if config.guidance != 1 and config.steps <= 2:
-        raise UserError(f"error: guidance={config.guidance} moves x_t, which needs --steps=3 or more, not {config.steps}: "
-                        "the last of them is read with the label alone")
+    if config.guidance != 1 and config.steps <= 2 - config.guide_last:
+        raise UserError(f"error: guidance={config.guidance} acts through x_t, needs --steps=3 or more, not "
+                        f"{config.steps}: the last is read with the label alone; or add --guide_last")
     return names.index(config.label) if config.label else model.no_label
 
 
 def format_trace(output, tokens, encoding, color):
-    """A line for each token: the trunk's guess, each change of guess and when, and its probability over the steps.
+    """A line for each token: the trunk's guess, each change of guess and when, and its probability over the
+    steps.
 
-    A star marks a token other than the trunk's best: greedily decoded, one that the steps changed. There a draft ends.
+    A star marks a token other than the trunk's best: greedily decoded, one that the steps changed. There a
+    draft ends.
     """
     def show(token):
         return repr(encoding.decode([token]))[1:-1]
@@ -87,11 +91,12 @@ def main(argv=None):
     label = check(config, model, checkpoint)
     prompt = encode_question(encoding, checkpoint["data"]["prompt"], config.prompt)
     if len(prompt) > model.trunk.config.block_size:
-        raise UserError(f"error: the prompt has {len(prompt)} tokens, more than the {model.trunk.config.block_size} "
-                        "positions of the model; shorten it")
+        raise UserError(f"error: the prompt has {len(prompt)} tokens, but the model only "
+                        f"{model.trunk.config.block_size} positions; shorten it")
     pack(model)
     start, n_rows = time.time(), config.num_samples
-    outputs = generate(model, [prompt] * n_rows, encoding.eot_token, config, [label] * n_rows, trace=config.trace)
+    prompts, labels = [prompt] * n_rows, [label] * n_rows
+    outputs = generate(model, prompts, encoding.eot_token, config, labels, trace=config.trace)
     seconds = time.time() - start
     for i, output in enumerate(outputs):
         print(f"--- sample {i + 1} of {n_rows}")
@@ -100,7 +105,8 @@ def main(argv=None):
         if output.trace:
             tokens = output.tokens + [encoding.eot_token] * output.ended
             print(format_trace(output, tokens, encoding, sys.stdout.isatty()))
-    n, nfe, computed, rounds = (sum(getattr(o, k) for o in outputs) for k in ("predicted", "nfe", "computed", "rounds"))
+    counts = ("predicted", "nfe", "computed", "rounds")
+    n, nfe, computed, rounds = (sum(getattr(output, name) for output in outputs) for name in counts)
     print(f"--- steps={config.steps} {config.solver}: {n} tokens, NFE {nfe / n:.2f} path calls per token "
           f"({computed / n:.2f} computed, {n / rounds:.1f} tokens a round), {n / seconds:.1f} tokens/s")
 

@@ -1,28 +1,27 @@
-"""
-Train L2D, or one of its controls, on data made by prepare_data.py.
+""" Train L2D, or one of its controls, on data made by prepare_data.py.
 
     python train.py config/l2d_gsm8k.py                                # GPT-2 and GSM8K, one GPU
     torchrun --nproc_per_node=8 train.py                               # the same on eight
-    python train.py config/demo_l2d.py --out_dir=out/mine --steps=500  # after demo.sh: two CPU cores, no network
+    python train.py config/demo_l2d.py --out_dir=out/mine --steps=500  # after demo.sh: two CPU cores
 
-trunk_mode x path_mode: frozen + full or lora is L2D; lora or full + none are the controls; lora or full with a path
-trains both at once. The trunk is GPT-2, or the trunk of a checkpoint of this script (finetune first, then L2D on top),
-or starts from scratch.
+trunk_mode x path_mode: frozen + full or lora is L2D; lora or full + none are the controls; lora or full with
+a path trains both at once. The trunk is GPT-2, or the trunk of a checkpoint of this script (finetune first,
+then L2D on top), or starts from scratch.
 
-Writes to out_dir: see checkpoint.py; and metrics.jsonl. What a step draws depends on (seed, step, micro-batch) alone:
-a resumed run is the same run, and k ranks with one micro-batch each are the same run as one process with k. Ctrl-C and
-SIGTERM finish the step, save, and end with status 130 and 143; a second one ends at once.
+Writes to out_dir: see checkpoint.py; and metrics.jsonl. What a step draws depends on (seed, step,
+micro-batch) alone: a resumed run is the same run, and k ranks with one micro-batch each are the same run as
+one process with k. Ctrl-C and SIGTERM finish the step, save, and end with status 130 and 143; a second one
+ends at once.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # before torch: threads that spin long starve on a shared machine
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: else threads spin at every barrier
 
-import json
 import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -33,9 +32,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import diffusion
-from checkpoint import describe, load_checkpoint, load_state, pair_from, pretrained_trunk, save
-from configurator import UserError, configure, run
-from files import lock, read_records, write_file
+from checkpoint import (
+    Log,
+    check_same_run,
+    load_checkpoint,
+    load_state,
+    load_trunk,
+    open_out_dir,
+    pair_from,
+    save_run,
+)
+from configurator import UserError, at_least, configure, require
+from configurator import run as run_script
 from machine import Ranks, StopSignals, compiles, pick_device, pick_dtype, use_kernels_for_training
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
 from prepare_data import batch_of, batches_of_epoch, load_manifest, load_split
@@ -50,18 +58,20 @@ class Config(PathConfig):
     out_dir: str = "out/l2d_gsm8k"
     resume: bool = False            # go on from out_dir/last.pt
     # the trunk
-    trunk: str = "gpt2"             # a GPT-2 size, a .safetensors file or its directory, a checkpoint (.pt), or scratch
+    trunk: str = "gpt2"             # GPT-2 size, .safetensors file or directory, checkpoint, or scratch
     trunk_mode: Literal["frozen", "lora", "full"] = "frozen"
     n_layer: int = 12               # n_layer, n_head, n_embd: of a trunk from scratch
     n_head: int = 12
     n_embd: int = 768
-    block_size: int = 512           # longest example in tokens; of a trunk from scratch, its number of positions
+    block_size: int = 512           # longest example, in tokens; positions of a trunk from scratch
     # diffusion
     stratified: bool = True         # draw t from equal bins over the micro-batch (deviation 5)
     label_dropout: float = 0.2      # share of examples trained without their guidance label
-    unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12); 0 = off
-    unroll_t_end: float = 0.9       # time of its last evaluation, and
-    unroll_shift: float = 3.0       # its grid; to be sampled with the same --t_end and --shift, and --guess=mean
+    unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12)
+    unroll_t_hold: float = 0.5      # its times; sample such a path with --solver=fixed_point --guess=mean
+    unroll_t_end: float = 0.9       # and the same --t_hold, --t_end, --weight
+    unroll_weight: float = 0.5      # 0 = --solver=euler
+    path_from: str = ""             # a checkpoint whose path to start from, for a later phase
     # optimisation
     steps: int = 3000               # optimizer steps
     batch_size: int = 32            # examples per optimizer step, over all ranks
@@ -74,40 +84,34 @@ class Config(PathConfig):
     beta2: float = 0.95
     grad_clip: float = 1.0          # 0 = off
     # evaluation and progress
-    eval_every: int = 250           # steps between evaluations; each writes last.pt, and best.pt if it is the best
+    eval_every: int = 250           # steps between evaluations; each writes last.pt, the best one best.pt
     eval_examples: int = 500        # of the validation split
     log_every: int = 10
     # machine
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: float32 on a CPU
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for cuda, off when unrolled
     seed: int = 0
 
     def __post_init__(self):
-        at_least = dict(steps=1, batch_size=1, grad_accum=1, eval_every=1, eval_examples=1, log_every=1, block_size=2,
-                        lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0, unroll=0, min_lr=0, seed=0)
-        for name, low in at_least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"error: {name}={getattr(self, name)}, but it must be at least {low}")
-        below_1 = dict(beta1=self.beta1, beta2=self.beta2, label_dropout=self.label_dropout * (1 - 1e-9))
-        must = {"trunk_mode=frozen with path_mode=none trains nothing; choose a path, or lora or full for the trunk":
-                (self.trunk_mode, self.path_mode) != ("frozen", "none"),
-                "trunk=scratch with trunk_mode=lora would train a LoRA on random weights; use trunk_mode=full":
-                (self.trunk, self.trunk_mode) != ("scratch", "lora"),
-                f"warmup={self.warmup} steps is not shorter than the training, steps={self.steps}":
-                self.warmup < self.steps,
-                f"sigma={self.sigma} and learning_rate={self.learning_rate} must be above 0":
-                min(self.sigma, self.learning_rate) > 0,
-                f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: the decay would be a rise; lower it":
-                self.min_lr <= self.learning_rate,
-                f"unroll_t_end={self.unroll_t_end} must be in (0, 1], and unroll_shift={self.unroll_shift} above 0":
-                0 < self.unroll_t_end <= 1 and self.unroll_shift > 0,
-                f"{', '.join(below_1)} are {', '.join(map(str, below_1.values()))}, but they must be from 0 to 1":
-                all(0 <= x < 1 for x in below_1.values()),
-                f"t_dim={self.t_dim} must be even: half of it cosines, half sines": self.t_dim % 2 == 0}
-        for message, holds in must.items():
-            if not holds:
-                raise UserError(f"error: {message}")
+        at_least(self, steps=1, batch_size=1, grad_accum=1, eval_every=1, eval_examples=1, log_every=1,
+                 seed=0, block_size=2, lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0,
+                 unroll=0, unroll_weight=0, unroll_t_hold=0, min_lr=0, label_dropout=0, beta1=0, beta2=0)
+        require((self.trunk_mode, self.path_mode) != ("frozen", "none"), "trunk_mode=frozen with "
+                "path_mode=none trains nothing; choose a path, or lora or full for the trunk")
+        require((self.trunk, self.trunk_mode) != ("scratch", "lora"), "trunk=scratch with trunk_mode=lora "
+                "would train a LoRA on random weights; use trunk_mode=full")
+        require(self.warmup < self.steps, f"warmup={self.warmup} must be below steps={self.steps}")
+        for name in ("sigma", "learning_rate", "unroll_t_end"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)}, but it must be above 0")
+        for name in ("label_dropout", "unroll_t_end", "unroll_weight"):
+            require(getattr(self, name) <= 1, f"{name}={getattr(self, name)}, but it must be at most 1")
+        require(self.unroll_t_hold <= self.unroll_t_end,
+                f"unroll_t_hold={self.unroll_t_hold} is above unroll_t_end={self.unroll_t_end}")
+        require(max(self.beta1, self.beta2) < 1, f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
+        require(self.min_lr <= self.learning_rate, f"min_lr={self.min_lr} is above learning_rate="
+                f"{self.learning_rate}: the decay would be a rise; lower it")
+        require(self.t_dim % 2 == 0, f"t_dim={self.t_dim} must be even: half of it cosines, half sines")
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -128,46 +132,39 @@ def generator_for(device, *key):
 
 
 def draw_noise(config, model, label, n, generator):
-    """What one micro-batch of n targets draws: label (B,) after dropout, t (n,), x_0 (n, D), and the times of unrolled
-    training, or None."""
+    """What one micro-batch of n targets draws: label (B,) after dropout, t (n,), x_0 (n, D), and (times,
+    weight) of unrolled training, or None."""
     if model.path is None:
         return label, None, None, None
     t, x_0 = diffusion.draw(n, config, generator, config.stratified)
     drop = torch.rand(len(label), generator=generator, device=label.device) < config.label_dropout
-    label, times = torch.where(drop, model.no_label, label), None        # per example, not per position
+    label, unroll = torch.where(drop, model.no_label, label), None      # per example, not per position
     if config.unroll:
-        times = diffusion.draw_times(config.unroll, config.unroll_t_end, config.unroll_shift, generator)
-        t = torch.full_like(t, times[-1])
-    return label, t, x_0, times
+        times = diffusion.draw_times(config.unroll, config.unroll_t_end, config.unroll_t_hold, generator)
+        t, unroll = torch.full_like(t, times[-1]), (times, config.unroll_weight)
+    return label, t, x_0, unroll
 
 
 # ----------------------------------------------------------------------------------------------- model
 def make_model(config, manifest):
     """The pair that config asks for, on the CPU in float32, its trunk frozen."""
     if config.trunk == "scratch":
-        trunk = GPT(GPTConfig(config.block_size, manifest["n_vocab"], config.n_layer, config.n_head, config.n_embd))
-    elif config.trunk.endswith(".pt"):
-        checkpoint = load_checkpoint(config.trunk)
-        if checkpoint["tokenizer"]["fingerprint"] != manifest["fingerprint"]:
-            raise UserError(f"error: {config.data_dir} was made with tokenizer {manifest['tokenizer']}, but the trunk "
-                            f"{config.trunk} was trained with {checkpoint['tokenizer']['name']}; prepare the data for it")
-        trunk = pair_from(checkpoint, config.trunk).trunk
-        if checkpoint["trunk_lora"]:
-            trunk.merge_lora()
+        sizes = config.n_layer, config.n_head, config.n_embd
+        trunk = GPT(GPTConfig(config.block_size, manifest["n_vocab"], *sizes))
     else:
-        trunk = pretrained_trunk(config.trunk)
-    if trunk.config.vocab_size != manifest["n_vocab"]:
-        raise UserError(f"error: the trunk has {trunk.config.vocab_size} tokens, but the tokenizer of {config.data_dir} "
-                        f"({manifest['tokenizer']}) has {manifest['n_vocab']}; prepare the data for this trunk")
-    if trunk.config.block_size < config.block_size:
-        raise UserError(f"error: block_size={config.block_size} is beyond the trunk's {trunk.config.block_size} positions")
+        trunk = load_trunk(config.trunk, manifest)
+    require(config.block_size <= trunk.config.block_size,
+            f"block_size={config.block_size} is beyond the trunk's {trunk.config.block_size} positions")
     path_config = PathConfig(**{f.name: getattr(config, f.name) for f in fields(PathConfig)})
     path = DiffusionPath(trunk, path_config, manifest["n_labels"]) if config.path_mode != "none" else None
+    if path and config.path_from:
+        tensors = load_checkpoint(config.path_from)["model"]
+        load_state(path, {k[5:]: v for k, v in tensors.items() if k.startswith("path.")}, config.path_from)
     return L2D(trunk, path)
 
 
 class Loss(nn.Module):
-    """Eq. 3 at each target: what is compiled whole, and what DDP wraps."""
+    """Eq. 3 at each target, as diffusion.nll: what is compiled whole, and what DDP wraps."""
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -201,10 +198,11 @@ N_BINS = 8
 
 @torch.no_grad()
 def evaluate(loss_of, data, config, ranks, autocast):
-    """Mean loss per target on the first eval_examples, without labels, as in sampling by default: of the pair, in all
-    and for each of N_BINS bins of t, and of the trunk. The noise is the same at every evaluation."""
+    """Mean loss per target on the first eval_examples, without labels, as in sampling by default: of the
+    pair, in all and for each of N_BINS bins of t, and of the trunk. The noise is the same at every
+    evaluation."""
     model, n = loss_of.model, min(config.eval_examples, len(data.labels))
-    sums = torch.zeros(3, N_BINS, dtype=torch.float64, device=ranks.device)   # targets, loss, the trunk's loss
+    sums = torch.zeros(3, N_BINS, dtype=torch.float64, device=ranks.device)  # targets, loss, the trunk's loss
     for start in range(ranks.rank * 32, n, ranks.world * 32):
         idx, at, y, label = batch_of(data, range(start, min(start + 32, n)), ranks.device)
         generator = generator_for(ranks.device, 1, config.seed, start)
@@ -223,58 +221,6 @@ def evaluate(loss_of, data, config, ranks, autocast):
 
 
 # ------------------------------------------------------------------------------------------------- run
-def open_out_dir(config, ranks):
-    """Make out_dir, lock it against a second writer, and see that nothing in it would be lost. Returns the lock, and
-    the checkpoint to go on from, or None."""
-    last, previous = (os.path.join(config.out_dir, name) for name in ("last.pt", "previous.pt"))
-    lock_file = lock(config.out_dir) if ranks.main else None
-    if not config.resume:
-        if os.path.exists(last):
-            raise UserError(f"error: {last} exists; go on with --resume, or choose another --out_dir")
-        return lock_file, None
-    for path in (last, previous):
-        try:
-            if os.path.exists(path):
-                return lock_file, load_checkpoint(path) | {"path": path}
-        except UserError as e:
-            ranks.say(f"{e}; trying {previous}")
-    raise UserError(f"error: nothing to resume: no {last} that can be read; start without --resume")
-
-
-def check_same_run(checkpoint, config, manifest, ranks):
-    """Raise UserError where --resume would be another run. It may be longer, and k ranks may become k micro-batches."""
-    if "optimizer" not in checkpoint:
-        raise UserError(f"error: {checkpoint['path']} has no optimizer state (is it a best.pt?); start without --resume")
-    may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk", "grad_accum"}
-    before, now = checkpoint["config"], asdict(config)
-    if config.steps > before["steps"]:
-        ranks.say(f"steps was {before['steps']}, now {config.steps}: the learning rate decays anew, from its value at step "
-                  f"{checkpoint['step']} of the longer schedule, {learning_rate(checkpoint['step'], config):.2e}")
-        may_differ.add("steps")
-    differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in before.items() if k not in may_differ and now.get(k) != v]
-    differ += [f"{k} of the data was {checkpoint['data'].get(k)!r}, now {v!r}" for k, v in manifest.items()
-               if checkpoint["data"].get(k) != v]
-    micro = before["grad_accum"] * checkpoint["world"], config.grad_accum * ranks.world
-    differ += [f"ranks x grad_accum were {micro[0]}, now {micro[1]}"] if micro[0] != micro[1] else []
-    if differ:
-        raise UserError(f"error: {checkpoint['path']} belongs to another configuration: {'; '.join(differ)}")
-
-
-class Log:
-    """metrics.jsonl: a line for every report of the main rank. A new run starts it afresh, a resumed one drops the steps
-    that it will repeat."""
-    def __init__(self, config, ranks, step):
-        self.path, self.main = os.path.join(config.out_dir, "metrics.jsonl"), ranks.main
-        if self.main:
-            kept = [json.dumps(r) + "\n" for r in read_records(self.path) if config.resume and r["step"] <= step]
-            write_file(self.path, lambda file: file.write("".join(kept).encode()))
-
-    def __call__(self, **record):
-        if self.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-
 @dataclass
 class Run:
     """What a training run is made of, and where it stands."""
@@ -282,7 +228,7 @@ class Run:
     data: tuple                     # a Split, of the training examples
     val: tuple
     model: nn.Module
-    loss_of: nn.Module              # (idx, at, y, label, t, x_0, times) -> -log p (N,)
+    loss_of: nn.Module              # (idx, at, y, label, t, x_0, unroll) -> -log p (N,)
     ddp: nn.Module                  # the same, summing gradients over the ranks; None for one rank
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -296,13 +242,12 @@ class Run:
 
 def set_up(config, ranks):
     """The Run, new or resumed."""
-    if config.batch_size % (ranks.world * config.grad_accum):
-        raise UserError(f"error: batch_size={config.batch_size} does not divide into {ranks.world} ranks x "
-                        f"grad_accum={config.grad_accum} micro-batches")
+    require(config.batch_size % (ranks.world * config.grad_accum) == 0, f"batch_size={config.batch_size} "
+            f"does not divide into {ranks.world} ranks x grad_accum={config.grad_accum} micro-batches")
     manifest = load_manifest(config.data_dir)
     data, val = load_fitting(config, config.train_split), load_fitting(config, config.val_split)
 
-    with ranks.main_first():                                             # it may download, and makes out_dir
+    with ranks.main_first():                                  # it may download, and makes out_dir
         lock_file, checkpoint = open_out_dir(config, ranks)
         torch.manual_seed(config.seed)
         model = pair_from(checkpoint, checkpoint["path"]) if checkpoint else make_model(config, manifest)
@@ -311,52 +256,41 @@ def set_up(config, ranks):
         model.trunk.add_lora(config.lora_rank, config.lora_alpha)
     model.to(ranks.device)
 
-    dtype = pick_dtype(config.dtype, ranks.device)
+    kind, dtype = ranks.device.type, pick_dtype(config.dtype, ranks.device)
     use_kernels_for_training(ranks.device, dtype)
-    autocast = torch.autocast(ranks.device.type, dtype) if dtype != torch.float32 else nullcontext()
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     optimizer = make_optimizer(model, config)
 
-    loss_of, on_gpu = Loss(model), ranks.device.type == "cuda"
-    if (config.compile == "on" or config.compile == "auto" and on_gpu and not config.unroll) and compiles(ranks.device):
-        loss_of.compile()                                                # in place: names stay as they are
+    loss_of = Loss(model)
+    wanted = config.compile == "on" or config.compile == "auto" and kind == "cuda" and not config.unroll
+    if wanted and compiles(ranks.device):
+        loss_of.compile()                                     # in place: names stay as they are
     ddp = DistributedDataParallel(loss_of, gradient_as_bucket_view=True) if ranks.world > 1 else None
 
-    log = Log(config, ranks, checkpoint["step"] if checkpoint else 0)
-    run = Run(manifest, data, val, model, loss_of, ddp, optimizer, scaler, autocast, log, lock_file)
     if checkpoint:
         check_same_run(checkpoint, config, manifest, ranks)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+    log = Log(config, ranks, checkpoint["step"] if checkpoint else 0)
+    run = Run(manifest, data, val, model, loss_of, ddp, optimizer, scaler, autocast, log, lock_file)
+    if checkpoint:
         run.step, run.best, run.saved = checkpoint["step"], checkpoint["best"], checkpoint["step"]
     n_trunk, n_trained = (sum(p.numel() for p in z) for z in (model.trunk.parameters(), trained(model)))
-    ranks.say(f"{len(data.labels)} examples, {max(1, len(data.labels) // config.batch_size)} steps an epoch; trunk "
-              f"{n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {ranks.device.type}, {str(dtype)[6:]}")
+    ranks.say(f"{len(data.labels)} examples, {steps_of_epoch(data, config)} steps an epoch; "
+              f"trunk {n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {kind}, {dtype}")
     return run
 
 
-def save_run(run, config, ranks, better=False):
-    """Write last.pt; and best.pt, if this is better than all before."""
-    run.saved = run.step
-    if not ranks.main:
-        return
-    lora = [config.lora_rank, config.lora_alpha] if config.trunk_mode == "lora" else None
-    tokenizer = {"name": run.manifest["tokenizer"], "fingerprint": run.manifest["fingerprint"]}
-    checkpoint = describe(run.model, lora, config.out_dir) | {
-        "config": asdict(config), "world": ranks.world, "step": run.step, "best": run.best, "data": run.manifest,
-        "tokenizer": tokenizer}
-    best, last, previous = (os.path.join(config.out_dir, f"{name}.pt") for name in ("best", "last", "previous"))
-    if better:
-        save(checkpoint, best)
-    save(checkpoint | {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}, last, previous)
+def steps_of_epoch(data, config):
+    return max(1, len(data.labels) // config.batch_size)
 
 
 def evaluate_and_save(run, config, ranks):
     result = evaluate(run.loss_of, run.val, config, ranks, run.autocast)
     loss = result["val_loss"]
-    if not math.isfinite(loss):
-        raise UserError(f"error: the validation loss is {loss} at step {run.step}; lower learning_rate, or use another "
-                        f"dtype. {config.out_dir}/last.pt holds step {run.saved}")
+    require(math.isfinite(loss), f"the validation loss is {loss} at step {run.step}; lower learning_rate, or "
+            f"use another dtype. {config.out_dir}/last.pt holds step {run.saved}")
     text = f"step {run.step}: validation loss {loss:.4f}"
     if run.model.path:
         by_t = " ".join("-" if x is None else f"{x:.3f}" for x in result["val_loss_by_t"])
@@ -367,65 +301,62 @@ def evaluate_and_save(run, config, ranks):
     save_run(run, config, ranks, better)
 
 
-def stop_if_bad(in_a_row, t, losses, run, config):
-    """A user's error where the gradient has not been finite several steps in a row. None of these steps was taken."""
-    if in_a_row < (30 if run.scaler.is_enabled() else 5):               # float16's scaler begins with a few
-        return
-    bad = ~losses.detach().isfinite()
-    bins = sorted(set((t[bad] * N_BINS).long().tolist())) if t is not None else []
-    where = "in the loss, at t in " + ", ".join(f"[{b / N_BINS}, {(b + 1) / N_BINS})" for b in bins) if bins else \
-        "in the loss" if bad.any() else "in the gradient alone"
-    raise UserError(f"error: nan or infinity {where}, {int(in_a_row)} steps in a row up to step {run.step}; these "
-                    f"changed nothing. Lower learning_rate, or use another dtype. {config.out_dir}/last.pt holds step "
-                    f"{run.saved}")
-
-
 def report(run, config, ranks, loss_sum, norm, tokens, start):
-    """A line on the terminal, and in the log. start: when this process began, and at which step; tokens since."""
-    loss, norm, lr, seconds = ranks.sum(loss_sum).item(), norm.item(), learning_rate(run.step - 1, config), time.time() - start[0]
+    """A line on the terminal, and one in the log. tokens: since start, a (time, step)."""
+    loss, norm, lr = ranks.sum(loss_sum).item(), norm.item(), learning_rate(run.step - 1, config)
+    seconds = time.time() - start[0]
     eta = int(seconds / (run.step - start[1]) * (config.steps - run.step))
     ranks.say(f"step {run.step}/{config.steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
               f"{tokens / seconds:,.0f} target tokens/s  ETA {eta // 60}:{eta % 60:02d}")
-    number = lambda x: x if math.isfinite(x) else None
-    run.log(step=run.step, loss=number(loss), lr=lr, grad_norm=number(norm), seconds=round(seconds, 1),
-            tokens_per_second=round(tokens / seconds))
+    run.log(step=run.step, loss=loss if math.isfinite(loss) else None, lr=lr, seconds=round(seconds, 1),
+            grad_norm=norm if math.isfinite(norm) else None, tokens_per_second=round(tokens / seconds))
+
+
+def stop_if_bad(in_a_row, t, losses, run, config):
+    """A user's error where several gradients in a row were not finite. None of these steps was taken."""
+    if in_a_row < (30 if run.scaler.is_enabled() else 5):     # float16's scaler begins with a few
+        return
+    bad = ~losses.detach().isfinite()
+    bins = sorted(set((t[bad] * N_BINS).long().tolist())) if t is not None else []
+    where = "its loss" if bad.any() else "the gradient of its loss"
+    at_t = " at t in " + ", ".join(f"[{b / N_BINS}, {(b + 1) / N_BINS}]" for b in bins) if bins else ""
+    raise UserError(f"error: step {run.step} and the {int(in_a_row) - 1} before: {where} is not finite"
+                    f"{at_t}. They changed nothing; {config.out_dir}/last.pt holds step {run.saved}. Lower "
+                    "learning_rate, or use another dtype")
 
 
 def train(config, ranks):
     run, device, stop = set_up(config, ranks), ranks.device, StopSignals()
-    epoch, per_epoch = None, max(1, len(run.data.labels) // config.batch_size)
     lengths, n_micro = np.diff(run.data.offsets), ranks.world * config.grad_accum
-    targets_of = np.add.reduceat(run.data.mask, run.data.offsets[:-1], dtype=np.int64)     # targets of each example
-    bad_in_a_row = torch.zeros((), device=device)
-    start, tokens = (time.time(), run.step), 0
+    n_targets_of = np.add.reduceat(run.data.mask, run.data.offsets[:-1], dtype=np.int64)   # of each example
+    epoch, start, tokens, bad_in_a_row = None, (time.time(), run.step), 0, torch.zeros((), device=device)
     progress = tqdm(total=config.steps, initial=run.step, disable=not (ranks.main and sys.stderr.isatty()))
     if run.step == 0:
         evaluate_and_save(run, config, ranks)
 
     while run.step < config.steps:
-        if epoch != run.step // per_epoch:
-            epoch = run.step // per_epoch
+        if epoch != (epoch := run.step // steps_of_epoch(run.data, config)):
             order = batches_of_epoch(lengths, config.batch_size, n_micro, [config.seed, epoch])
-        ids = order[run.step % per_epoch]                                # (n_micro, examples of each), of all ranks
-        n_targets, loss_sum = int(targets_of[ids].sum()), torch.zeros((), device=device)
+        ids = order[run.step % len(order)]                    # (n_micro, examples of each), of all ranks
+        n_targets, loss_sum = int(n_targets_of[ids].sum()), torch.zeros((), device=device)
 
         for micro in range(ranks.rank, n_micro, ranks.world):
             idx, at, y, label = batch_of(run.data, ids[micro], device)
             generator = generator_for(device, 0, config.seed, run.step, micro)
-            label, t, x_0, times = draw_noise(config, run.model, label, len(y), generator)
-            more = run.ddp and micro + ranks.world < n_micro             # gradients are summed once a step
+            label, t, x_0, unroll = draw_noise(config, run.model, label, len(y), generator)
+            more = run.ddp and micro + ranks.world < n_micro  # ranks sum their gradients once a step
             with run.ddp.no_sync() if more else nullcontext(), run.autocast:
-                losses = (run.ddp or run.loss_of)(idx, at, y, label, t, x_0, times)        # (N,), Eq. 3
-                loss = losses.sum() / n_targets                          # no mean of means
-            run.scaler.scale(loss * ranks.world).backward()              # DDP takes the mean over ranks
+                losses = (run.ddp or run.loss_of)(idx, at, y, label, t, x_0, unroll)       # (N,), Eq. 3
+                loss = losses.sum() / n_targets               # no mean of means
+            run.scaler.scale(loss * ranks.world).backward()   # DDP takes the mean over ranks
             loss_sum += loss.detach()
 
         run.scaler.unscale_(run.optimizer)
-        norm = nn.utils.clip_grad_norm_(trained(run.model), config.grad_clip or math.inf)   # of all ranks
+        norm = nn.utils.clip_grad_norm_(trained(run.model), config.grad_clip or math.inf)     # of all ranks
         bad = (~norm.isfinite()).float()
         bad_in_a_row = (bad_in_a_row + bad) * bad
         if not run.scaler.is_enabled():
-            run.optimizer.found_inf = bad                                # as GradScaler does: a bad step changes nothing
+            run.optimizer.found_inf = bad                     # as GradScaler does: a bad step changes nothing
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, config)
         run.scaler.step(run.optimizer)
@@ -435,11 +366,11 @@ def train(config, ranks):
         progress.update()
 
         last, logs = run.step == config.steps, run.step % config.log_every == 0
-        if logs or last or device.type == "cpu":                         # on a GPU, reading a number waits for all work
+        if logs or last or device.type == "cpu":              # to read a number from a GPU is to wait for it
             stop_if_bad(bad_in_a_row, t, losses, run, config)
         if logs or last:
             report(run, config, ranks, loss_sum, norm, tokens, start)
-        stopped = stop.number if ranks.world == 1 else (run.step % 10 == 0 and ranks.any(stop.number))
+        stopped = stop.number if ranks.world == 1 else run.step % 10 == 0 and ranks.any(stop.number)
         if run.step % config.eval_every == 0 or last:
             evaluate_and_save(run, config, ranks)
         elif stopped:
@@ -456,9 +387,9 @@ def main(argv=None):
     try:
         train(config, ranks)
     except torch.OutOfMemoryError as e:
-        raise UserError(f"error: out of memory ({str(e).splitlines()[0]}); raise --grad_accum, or lower --batch_size") from None
+        raise UserError(f"error: out of memory; raise grad_accum or lower batch_size ({e})"[:300]) from None
     except UserError:
-        if int(os.environ.get("LOCAL_RANK", 0)):                         # the first rank of the host says it
+        if int(os.environ.get("LOCAL_RANK", 0)):              # the first rank of the host says it
             raise SystemExit(1) from None
         raise
     finally:
@@ -466,4 +397,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""docs/chains.py: its sequences checked by walking the chains, its numbers by hand, and a short run of every method."""
+"""experiments/chains.py: its sequences checked by walking the chains, its numbers by hand, and a short run of every method."""
 import importlib.util
 import json
 import random
@@ -10,7 +10,7 @@ import torch
 
 from configurator import UserError
 
-spec = importlib.util.spec_from_file_location("chains", Path(__file__).parent.parent / "docs/chains.py")
+spec = importlib.util.spec_from_file_location("chains", Path(__file__).parent.parent / "experiments/chains.py")
 chains = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(chains)
 
@@ -47,7 +47,7 @@ def test_pairs_are_sequences(monkeypatch):
 def test_every_method_and_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chains, "N_TEST", 250)
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "experiments").mkdir()
     with pytest.raises(UserError, match="--method=trunk"):
         chains.main(["--method=lora"])
     threads = torch.get_num_threads()
@@ -55,9 +55,9 @@ def test_every_method_and_the_table(tmp_path, monkeypatch, capsys):
         chains.main([f"--method={method}", "--steps=2"])
     chains.main(["--method=lora", "--steps=2", "--seed=1"])
     chains.main([])
-    data = json.loads((tmp_path / "docs/chains.json").read_text())
+    data = json.loads((tmp_path / "experiments/chains.json").read_text())
     assert [len(data[title]["rows"]) for title in ("L2D, trained through Algorithm 1", "L2D, x_t from the truth, to t = 0.25", "LoRA on the trunk")] == [7, 5, 1]
-    assert data["LoRA on the trunk"]["seeds"] == [0, 1] and (tmp_path / "docs/chains.png").stat().st_size > 10_000
+    assert data["LoRA on the trunk"]["seeds"] == [0, 1] and (tmp_path / "experiments/chains.png").stat().st_size > 10_000
     trunk = json.loads((tmp_path / "out/chains/trunk_s0.json").read_text())["right"][""]["1"]
     assert data["L2D, trained through Algorithm 1"]["rows"][0]["right"] == [sum(trunk) / len(trunk)]   # T = 1 is the trunk
     chains.main(["--method=full", "--steps=3", "--seed=1"])

@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# Every run behind docs/RESULTS.md, in order; about 5 hours on one CPU core. What is finished is kept; what was cut goes on.
-# After bash demo.sh, in its virtual environment, and: pip install -r requirements-dev.txt; python prepare_data.py gsm8k
-#     bash docs/experiments.sh
-#     bash docs/experiments.sh --list    # only say the commands, for running them by hand or side by side
+# Every run behind docs/RESULTS.md, in order; about 5 hours on one CPU core. What is finished is kept; what was
+# cut goes on. After bash demo.sh, in its virtual environment, and:
+#     pip install -r requirements-dev.txt; python prepare_data.py gsm8k
+#     bash experiments/experiments.sh
+#     bash experiments/experiments.sh --list    # only say the commands, to run them by hand or side by side
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PYTHONPATH=.
 list=${1:-}
 
 run() {
-    local line; line=$(printf ' %s' "${@@Q}" | sed -E "s/'([A-Za-z0-9_.,:=/+-]*)'/\\1/g")        # quotes only where they are needed
+    local line; line=$(printf ' %s' "${@@Q}" | sed -E "s/'([A-Za-z0-9_.,:=/+-]*)'/\\1/g")   # few quotes
     if [ -n "$list" ]; then echo "${line# }"; else echo "==$line"; "$@"; fi
 }
 train() {   # train OUT CONFIG OPTIONS...: unless it is there; go on where it was cut
     [ -z "$list" ] && [ -e "out/$1/last.pt" ] && set -- "$@" --resume
     run python train.py "$2" --out_dir="out/$1" "${@:3}"
 }
-on() { run python evaluate.py --split="$1" --out_dir="out/$2" --mistakes=0 --batch_size=${rows:-250} "${@:3}"; }     # on SPLIT OUT OPTIONS...
+on() {      # on SPLIT OUT OPTIONS...
+    run python evaluate.py --split="$1" --out_dir="out/$2" --mistakes=0 --batch_size=250 "${@:3}"
+}
 
-# ------------------------------------------------------------------------- the embedded task: one trunk, three seeds of all on top
+# ------------------------------------------- the embedded task: one trunk, three seeds of all on top
 for s in "" _s1 _s2; do
     n=${s#_s}; seed=--seed=${n:-0}
     train demo_l2d$s config/demo_l2d.py $seed
@@ -33,7 +37,7 @@ for s in "" _s1 _s2; do
     on test demo_l2d$s --steps=1,16 --stop=0.9
     on test demo_l2d$s --steps=1,2,4,16 --temperature=1
     on test demo_l2d$s --steps=1,3,15 --temperature=1 --solver=midpoint --t_end=1       # the paper's protocol
-    on test demo_l2d$s --steps=3,15 --temperature=1 --t_end=1                           # the same times by Euler
+    on test demo_l2d$s --steps=3,15 --temperature=1 --t_end=1                       # the same times by Euler
     on test demo_l2d_lora$s --steps=1,2,4,16
     on test demo_l2d_on_lora$s --steps=1,2,4,16
     for control in demo_lora$s demo_finetune$s; do
@@ -51,10 +55,10 @@ for s in "" _s1 _s2; do
     # the labels: guidance towards the right one, and a wrong one
     for guidance in 1 2 4; do
         on val demo_l2d$s --steps=4 --guidance=$guidance --use_label
-        on val demo_l2d$s --steps=4 --guidance=$guidance --label=2          # "3 steps" for all: wrong for about half
+        on val demo_l2d$s --steps=4 --guidance=$guidance --label="3 steps"    # wrong for about half
     done
     # choices at inference
-    for option in "" --guess=mean --guess=sample --shift=3 --shift=0.33 --t_end=1; do
+    for option in "" --guess=mean --guess=sample "--t_begin=0.5 --t_end=0.9" --t_end=1; do
         on val demo_l2d$s --steps=4,16 $option
     done
 done
@@ -76,26 +80,32 @@ for s in _s0 _s1 _s2; do
     on val short_sigma_8$s --steps=1,2,4,16
     for guidance in 1 4; do
         on val short_sigma_8$s --steps=4 --guidance=$guidance --use_label
-        on val short_sigma_8$s --steps=4 --guidance=$guidance --label=2
+        on val short_sigma_8$s --steps=4 --guidance=$guidance --label="3 steps"
     done
 done
 
-# ------------------------------------------------------------------------------------------------------------- GSM8K's own text
-gsm() { train $1 config/l2d_gsm8k.py --batch_size=16 --dtype=bfloat16 --log_every=25 --eval_examples=200 "${@:2}"; }
-gsm gsm_trunk --trunk=scratch --trunk_mode=full --path_mode=none --n_layer=3 --n_head=4 --n_embd=128 --steps=500 --warmup=50 \
-    --learning_rate=2e-3 --min_lr=2e-4 --eval_every=100
+# ------------------------------------------------------------------------------- GSM8K's own text
+gsm() {
+    train $1 config/l2d_gsm8k.py --batch_size=16 --dtype=bfloat16 --log_every=25 --eval_examples=200 "${@:2}"
+}
+gsm gsm_trunk --trunk=scratch --trunk_mode=full --path_mode=none --n_layer=3 --n_head=4 --n_embd=128 \
+    --steps=500 --warmup=50 --learning_rate=2e-3 --min_lr=2e-4 --eval_every=100
 for s in "" _s1 _s2; do
-    n=${s#_s}; common="--trunk=out/gsm_trunk/best.pt --seed=${n:-0} --steps=80 --warmup=20 --min_lr=1e-4 --eval_every=80"
+    n=${s#_s}
+    common="--trunk=out/gsm_trunk/best.pt --seed=${n:-0} --steps=80 --warmup=20 --min_lr=1e-4 --eval_every=80"
     gsm gsm_l2d$s $common --learning_rate=1e-3 --x_dim=64 --t_dim=64
-    gsm gsm_lora$s $common --learning_rate=1e-3 --trunk_mode=lora --path_mode=none --lora_rank=112 --lora_alpha=112
+    gsm gsm_lora$s $common --learning_rate=1e-3 --trunk_mode=lora --path_mode=none --lora_rank=112 \
+        --lora_alpha=112
     gsm gsm_finetune$s $common --learning_rate=5e-4 --trunk_mode=full --path_mode=none
-    rows=32             # of 50,257 logits for each token
     on test gsm_l2d$s --limit=500 --exact_match=False --steps=1,2,16
-    for control in gsm_lora$s gsm_finetune$s; do on test $control --limit=500 --exact_match=False --steps=1; done
+    for control in gsm_lora$s gsm_finetune$s; do
+        on test $control --limit=500 --exact_match=False --steps=1
+    done
 done
 
-run python results.py
-run python results.py --split=val
-run python results.py --split=mix_test
-run python results.py --draw=docs/results_test.json --show=demo_l2d,demo_l2d:temperature=1.0,demo_l2d_on_lora --lines=demo_lora,demo_finetune \
+run python experiments/results.py
+run python experiments/results.py --split=val
+run python experiments/results.py --split=mix_test
+run python experiments/results.py --draw=experiments/results_test.json --lines=demo_lora,demo_finetune \
+    --show=demo_l2d,demo_l2d:temperature=1.0,demo_l2d_on_lora \
     --names="L2D,L2D sampled at temperature 1,L2D on the trunk with LoRA,LoRA on the trunk,full finetuning"

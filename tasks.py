@@ -1,0 +1,542 @@
+r"""
+What a task is: where its problems come from, how prompt and answer are written, how an output is scored.
+
+A task is one entry of TASKS, at the end of this file; nothing elsewhere knows a task by its name. To add one:
+a function load(options, folder) that returns ({split: [Problem]}, {file: sha256}), a function
+read(problem, text) that returns the answer in a text, strictly and flexibly read, and the entry.
+
+Most prompts are "Question: {}\nAnswer:", GSM8K's; the answer follows after a space.
+"""
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import tarfile
+import unicodedata
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Callable, Literal, NamedTuple
+
+import sandbox
+from arithmetic import STYLES, bucket, in_style, mix_problem, styled, task_problem
+from configurator import UserError
+from files import download, file_sha256
+from tokens import PROMPT
+
+GROUPS = ("math", "code", "knowledge")
+LETTERS = "ABCDEFGHIJ"
+SEED = 1337                          # of what is held out for validation
+
+
+class Problem(NamedTuple):
+    prompt: str                      # the whole text that the model sees
+    answer: str                      # the text that it should write, with the space or newline that begins it
+    task: str                        # who scores it, a key of TASKS
+    label: str = ""                  # for guidance: the group, or whatever the task divides its problems by
+    subject: str = ""                # results are also given by subject
+    choices: tuple = ()              # the texts whose likelihood can be compared: " A", " B", ...
+    test: str = ""                   # code that raises unless the answer before it is right
+    where: str = ""                  # file and line
+
+
+class Score(NamedTuple):
+    right: bool                      # as the benchmark's authors score
+    flexible: bool                   # by a more forgiving reader
+    well_formed: bool                # there is an answer to be read
+
+
+def few_shot(problem, examples, k):
+    """The problem's prompt after k worked examples, Problems, of its subject if there are any."""
+    others = [e for e in examples if e.prompt != problem.prompt]
+    of_subject = [e for e in others if problem.subject and e.subject == problem.subject]
+    return "".join(f"{e.prompt}{e.answer}\n\n" for e in (of_subject or others)[:k]) + problem.prompt
+
+
+# ---------------------------------------------------------------------------------- scoring
+def number(text):
+    """The number that text spells, such as -1,234.50, or None."""
+    try:
+        return Fraction(text.replace(",", "").replace("\u2212", "-").rstrip("."))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def strict_answer(text):
+    """The number after the first "#### ", as the GSM8K authors read it."""
+    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    return number(match[1]) if match else None
+
+
+def flexible_answer(text):
+    """The number after the first ####, allowing $, spaces, U+2212, a fraction; else the last number."""
+    pattern = r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
+    after = re.search(r"####[\s$]*([-\u2212]?)[\s$]*(" + pattern + ")", text)
+    if after:
+        return number(after[1] + after[2])
+    numbers = re.findall(pattern, text)
+    return number(numbers[-1]) if numbers else None
+
+
+def read_number(problem, text):
+    return strict_answer(text), flexible_answer(text)
+
+
+def read_text(problem, text):
+    """The number after #### where the true answer has one, else the whole text but for case and spacing."""
+    if "####" in problem.answer:
+        return read_number(problem, text)
+    words = " ".join(unicodedata.normalize("NFC", text).casefold().split()).strip(" .,;:!?\"'") or None
+    return words, words
+
+
+def read_letter(problem, text):
+    """The letter with which the text begins; flexibly, the first that stands alone."""
+    letters = "[" + "".join(choice.strip() for choice in problem.choices) + "]"
+    strict = re.match(rf"\s*({letters})(?![\w'])", text)
+    flexible = strict or re.search(rf"answer is:?\s*\(?({letters})\b", text) or \
+        re.search(rf"(?<![\w'])({letters})(?![\w'])", text)
+    return strict and strict[1], flexible and flexible[1]
+
+
+def read_boxed(problem, text):
+    r"""The formula in the last \boxed{}; else, flexibly, the last between dollars or the last number."""
+    box = boxed(text)
+    loose = re.findall(r"\$([^$]+)\$|(-?\d[\d,]*(?:\.\d+)?)", text) if box is None else None
+    strict = normalise(box) if box is not None else None
+    return strict or None, strict or (normalise("".join(loose[-1])) if loose else None) or None
+
+
+def boxed(text):
+    r"""What stands in the last \boxed{...} of a text, its braces counted; None without one that is closed."""
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start < 0:
+        return None
+    start, depth = text.index("{", start) + 1, 1
+    for i in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start:i]
+    return None
+
+
+SPELLINGS = [                        # (pattern, replacement), applied one after the other
+    (r"(?<!\\)\\[!,;: ]|~|\\(left|right|displaystyle)(?![a-zA-Z])|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°", " "),
+    (r"\{,\}", ","), (r"\\[dtc]frac", r"\\frac"), (r"\\(mbox|text[a-z]*|math(rm|bf))\s*\{", r"\\text{"),
+    (r"(?<=[^\s]) *\\text\{[^{}]*\}(\^\{?\d\}?)?[ .]*$", ""),           # a unit, such as \text{ cm}^2
+    (r"(?<=\d) +[a-z]{2,}( [a-z]+)*[ .]*$", ""),                        # a unit without \text
+    (r"\\text\{([^{}]*)\}", r"\1"), (r"(?<=,) +(?=\d{3})", ""), (r"\s+", ""), (r"\.$", ""),
+    (r"^[a-zA-Z](=|\\in(?![a-z]))", ""), (r"^\(([A-Z])\)$", r"\1"),     # x=5; the letter of a choice
+    (r"\\(frac|sqrt)(\w)", r"\\\1{\2}"), (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})(\w)", r"\1{\2}"),
+    (r"(\d+)/(\d+)", r"\\frac{\1}{\2}"), (r"\\frac\{-(\w+)\}", r"-\\frac{\1}"), (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"^(-?\d{1,3}(?:,\d{3})+(?:\.\d+)?)$", lambda m: m[1].replace(",", "")),
+    (r"(?<![\d.])\.(?=\d)", "0."), (r"(?<![\d.])0+(?=\d)", ""),       # 007, .5
+    (r"(\.\d*?)0+(?!\d)", r"\1"), (r"\.(?!\d)", ""),                  # 18.90, 3.00
+    (r"^(-?)(\d+\.\d+)$", lambda m: m[1] + "\\frac{%d}{%d}" % Fraction(m[2]).as_integer_ratio()),
+]
+
+
+def normalise(formula):
+    r"""One spelling of a formula for its many: 1/2, .5, 0.50, \frac12, \frac{1}{2}\text{ cm}, ..."""
+    for pattern, replacement in SPELLINGS:
+        formula = re.sub(pattern, replacement, formula)
+    return formula
+
+
+def read_code(program):
+    """A reader of code: what is compared is whether program(problem, text) passes the problem's test."""
+    return lambda problem, text: (program(problem, text) + "\n" + problem.test,) * 2
+
+
+def cut(text, stops):
+    """The text up to the first of the stops: what a model writes behind its answer does not count."""
+    return text[:min((i for i in map(text.find, stops) if i >= 0), default=len(text))]
+
+
+def majority(answers):
+    """The most frequent of the answers that are not None, the first of several; None if there is none."""
+    counts = Counter(answer for answer in answers if answer is not None)
+    return max(counts, key=counts.get, default=None)         # a Counter keeps the order of arrival
+
+
+def vote(problem, outputs, run_code=False):
+    """
+    (output, Score) of the majority of k outputs, each a whole text without <|endoftext|>.
+
+    Strict and flexible answers are counted apart; output is the first that gives the strict majority, or else
+    the first. Code that a problem's test needs is run, in the sandbox, and only if run_code says so.
+    """
+    task = TASKS[problem.task]
+    texts = [cut(output, task.stops) for output in outputs]
+    strict, flexible = zip(*(task.read(problem, text) for text in texts))
+    chosen, loose = majority(strict), majority(flexible)
+    first = strict.index(chosen)
+    if problem.test:
+        assert run_code, "allow_code comes first"
+        compiled, passed, _ = sandbox.run(chosen)
+        return outputs[first], Score(passed, passed, compiled)
+    want = task.read(problem, problem.answer)[0]
+    well_formed = chosen is not None and task.well_formed(problem, texts[first])
+    return outputs[first], Score(chosen is not None and chosen == want, loose is not None and loose == want,
+                                 well_formed)
+
+
+def score(problem, output, run_code=False):
+    """The Score of an output, the whole text that a model wrote up to <|endoftext|>."""
+    return vote(problem, [output], run_code)[1]
+
+
+def pass_at_k(n, right, k):
+    """The chance that one of k samples is right: unbiased, from n of which so many are (Chen 2021)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def allow_code(problems, run_code):
+    """Raises UserError if problems need the model's code to be run, and it may not or cannot be."""
+    needs = next((p for p in problems if p.test), None)
+    if needs and not run_code:
+        raise UserError(f"error: {needs.task} is scored by running the code that the model writes, in a "
+                        "process with limits; allow it with --run_code")
+    if needs:
+        _, passed, lacks = sandbox.run("import collections, heapq, math, re, typing")
+        if not passed:
+            raise UserError("error: no Python runs in the sandbox here; run as an ordinary user, not as "
+                            "root, with a Python that everybody may read")
+        if lacks:
+            print(f"note: the sandbox of the model's code lacks here: {', '.join(lacks)}")
+
+
+def check_gold(problem):
+    """Raises UserError unless the scorer reads the true answer whole and exactly."""
+    task, text = TASKS[problem.task], problem.answer
+    strict, flexible = task.read(problem, text)
+    plain = r"-?([0-9]{1,3}(,[0-9]{3})+|[0-9]*)(\.[0-9]+)?\.?"
+    tail = text.split("####", 1)[1].strip() if "####" in text and not problem.test else "0"
+    whole = re.fullmatch(plain, tail) and cut(text, task.stops) == text
+    if not whole or strict is None or strict != flexible:
+        raise UserError(f"error: {problem.where}: scoring cannot read the whole answer, which ends in "
+                        f"{text[-40:]!r}; expected {task.expects}")
+
+
+# ---------------------------------------------------------------------------------- where problems come from
+@dataclass(frozen=True)
+class Options:
+    out_dir: str = ""                # where the data goes; default: data/<task>
+    tokenizer: Literal["auto", "gpt2", "arithmetic"] = "auto"    # auto: the task's own
+    drop_long: bool = False          # leave out training problems that are longer than 1,024 tokens
+
+@dataclass(frozen=True)
+class Generated(Options):
+    train: int = 20000               # problems of the task, to train L2D on
+    mix: int = 30000                 # problems of the broader mixture, to pre-train the trunk on
+    seed: int = 1337                 # of the generator
+    strip_annotations: bool = False  # remove the calculator annotations <<...>> from the answers
+
+@dataclass(frozen=True)
+class Files(Options):
+    source: str = ""                 # folder with the task's files, or its only file; default: download them
+    subset: int = 0                  # keep this many training problems; 0 keeps all
+
+@dataclass(frozen=True)
+class HeldOut(Files):
+    val: int = 500                   # training problems held out for validation
+    strip_annotations: bool = False  # remove the calculator annotations <<...>> from the answers
+
+@dataclass(frozen=True)
+class Mix(Options):
+    gsm8k: str = ""                  # folders as for --source of each task; default: download
+    mbpp: str = ""
+    mmlu: str = ""
+    math: str = ""                   # MATH with its train.jsonl; default: leave it out
+    subset: int = 0                  # keep this many training problems; 0 keeps all
+
+
+def generated(name, style=None):
+    """A loader of the embedded task (train, val, test) and of a broader mixture for its trunk (mix...)."""
+    def load(options, folder):
+        counts = dict(train=options.train, val=500, test=1000, mix=options.mix, mix_val=500, mix_test=1000)
+        splits = {}
+        for split, count in counts.items():
+            if not 1 <= count <= 1_000_000:
+                raise UserError(f"error: --{split}={count} is out of range: 1 to 1000000")
+            rng, found = random.Random(f"{options.seed} {split}"), {}    # its own: sizes do not interact
+            make = mix_problem if split.startswith("mix") else task_problem
+            while len(found) < count:
+                question, answer = make(rng)
+                if bucket(question) == split and question not in found:
+                    answer, label = style(rng, question, answer) if style else (answer, steps(answer, 4))
+                    where = f"{split} problem {len(found) + 1}"
+                    found[question] = worked(name, question, answer, label, where, options)
+            splits[split] = list(found.values())
+        return splits, {}
+    return load
+
+
+def worked(name, question, answer, label, where, options):
+    """The Problem of a question and an answer as GSM8K writes them."""
+    answer = re.sub("<<.*?>>", "", answer) if options.strip_annotations else answer
+    return Problem(PROMPT.format(question.strip()), f" {answer.strip()}", name, label, where=where)
+
+
+def step_names(n):
+    return ("1 step", *(f"{i} steps" for i in range(2, n)), f"{n} or more steps")
+
+
+def steps(answer, n):
+    """The label of an answer by its solution steps, the lines before "####"."""
+    lines = answer.split("####")[0].splitlines()
+    return step_names(n)[min(max(sum(bool(line.strip()) for line in lines), 1), n) - 1]
+
+
+def rows(path):
+    """Yields (object, "FILE line N") of a JSONL file, gzipped or not; UserError at the first bad line."""
+    try:
+        data = Path(path).read_bytes()
+        lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig").split("\n")
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"error: cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"error: {path} is not UTF-8 text: {e}") from None
+    for number, line in enumerate(lines, 1):                 # not splitlines: U+2028 may be in a string
+        if line.strip():
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()             # a lone surrogate is no text
+            except (ValueError, RecursionError, MemoryError) as e:
+                raise UserError(f"error: {where} is not JSON that can be read: {e}") from None
+            yield row, where
+
+
+def texts(row, where, *keys):
+    """The texts under the keys of a row. Raises UserError if one is not there."""
+    for key in keys:
+        if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
+            expected = ", ".join(f'"{k}": "..."' for k in keys)
+            raise UserError(f'error: {where} has no text "{key}"; expected {{{expected}}}')
+    return [row[key].replace("\r\n", "\n") for key in keys]
+
+
+def obtain(options, folder, sources, file, url="", size=None, sha256=None, lone=False):
+    """The path of a source file, in --source (lone: or just that) or downloaded; its hash goes to sources."""
+    path = Path(os.path.expanduser(options.source)) if options.source else folder
+    path = path if lone and path.is_file() else path / file
+    if not options.source:
+        if not url.startswith("https:"):
+            raise UserError(f"error: this is not downloaded; give --source=DIR, a folder with {file}{url}")
+        download(url, path, size, sha256)
+    try:
+        sources[file] = file_sha256(path)
+    except OSError as e:
+        raise UserError(f"error: cannot read {path}: {e.strerror}; --source needs {file} in it") from None
+    if sha256 and sources[file] != sha256:
+        print(f"note: {path} is not the original file (sha256 {sources[file]})")
+    return path
+
+
+def from_lines(make, files, optional=()):
+    """
+    A loader of files with a problem on each line: make(row, where, options) -> (split or "", Problem).
+
+    files: {split: (name, url, size, sha256)}; those of optional splits may be absent from --source. Where the
+    options have val, so many problems are held out from the training split.
+    """
+    def load(options, folder):
+        splits, sources = {}, {}
+        for split, (file, *known) in files.items():
+            if split in optional and not (options.source and Path(options.source, file).exists()):
+                continue
+            path = obtain(options, folder, sources, file, *known, lone=len(files) == 1 + len(optional))
+            found = [make(row, where, options) for row, where in rows(path)]
+            if not found:
+                raise UserError(f"error: {path} holds no problems")
+            for own, problem in found:
+                splits.setdefault(own or split, []).append(problem)
+        if hasattr(options, "val") and "train" in splits:
+            splits = hold_out(splits, options.val)
+        return splits, sources
+    return load
+
+
+def hold_out(splits, n):
+    """Moves n problems of train to val; the choice depends on the texts only, not on a library's RNG."""
+    def place(problem):
+        question = problem.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+        return hashlib.sha256(f"{SEED} {question}".encode()).digest()
+    train = sorted(splits["train"], key=place)
+    if not 1 <= n < len(train):
+        raise UserError(f"error: --val={n} problems cannot be held out from {len(train)}; at least {n + 1} "
+                        f"are needed, or --val=N with N from 1 to {len(train) - 1}")
+    return splits | {"train": train[n:], "val": train[:n]}
+
+
+def gsm8k(row, where, options):
+    question, answer = texts(row, where, "question", "answer")
+    return "", worked("gsm8k", question, answer, steps(answer.strip(), 8), where, options)
+
+
+def jsonl(row, where, options):
+    question, answer = texts(row, where, "question", "answer")
+    label = texts(row, where, "label")[0].strip() if "label" in row else "all"
+    return "", worked("jsonl", question, answer, label, where, options)
+
+
+def competition(row, where, options):                        # MATH
+    question, solution = texts(row, where, "problem", "solution")
+    if "answer" in row and normalise(*texts(row, where, "answer")) != normalise(boxed(solution) or ""):
+        raise UserError(f"error: {where}: the solution does not box its answer {row['answer']!r}")
+    problem = worked("math", question, solution, "math", where, options)
+    return "", problem._replace(subject=str(row.get("subject") or row.get("type") or ""))
+
+
+def humaneval(row, where, options):
+    keys = ("prompt", "canonical_solution", "test", "entry_point")
+    prompt, answer, test, name = texts(row, where, *keys)
+    test = f"{test}\ncheck({name})"
+    return "", Problem(prompt, answer.rstrip(), "humaneval", "code", test=test, where=where)
+
+
+def mbpp(row, where, options):
+    question, code = (text.strip() for text in texts(row, where, "text", "code"))
+    tests, number = row.get("test_list"), row.get("task_id")
+    if type(number) is not int or not isinstance(tests, list) or not all(isinstance(t, str) for t in tests):
+        raise UserError(f"error: {where} needs a list of texts test_list and a number task_id")
+    split = "dev" if number <= 10 else "test" if number <= 510 else "val" if number <= 600 else "train"
+    prompt = PROMPT.format("\n".join([question, *tests]))
+    test = "\n".join([row.get("test_setup_code") or "", *tests])
+    return split, Problem(prompt, f"\n{code}", "mbpp", "code", test=test, where=where)
+
+
+def multiple_choice(name, question, options, letter, subject, where):
+    letter = letter.strip()
+    if not 2 <= len(options) <= len(LETTERS) or letter not in list(LETTERS[:len(options)]):
+        raise UserError(f"error: {where} has {len(options)} options and the answer {letter!r}; expected 2 to "
+                        f"{len(LETTERS)} options and the letter of one")
+    lines = [question.strip(), *(f"{c}. {option}" for c, option in zip(LETTERS, options))]
+    choices = tuple(f" {c}" for c in LETTERS[:len(options)])
+    prompt = PROMPT.format("\n".join(lines))
+    return Problem(prompt, f" {letter}", name, "knowledge", subject, choices, where=where)
+
+
+def mmlu_pro(row, where, options):
+    question, letter, subject = texts(row, where, "question", "answer", "category")
+    given = row.get("options")
+    if not isinstance(given, list) or not all(isinstance(option, str) for option in given):
+        raise UserError(f"error: {where} has no list of texts options")
+    return "", multiple_choice("mmlu_pro", question, given, letter, subject, where)
+
+
+def load_mmlu(options, folder):
+    """MMLU's tables, from the folders dev, val, test of --source or from data.tar."""
+    source, sources, splits = Path(os.path.expanduser(options.source)), {}, {}
+    if options.source and source.is_dir() and not (source / "data.tar").exists():
+        tables = [(str(path), path.read_bytes()) for path in sorted(source.glob("*/*.csv"))]
+        sources["tables"] = hashlib.sha256(b"".join(data for _, data in tables)).hexdigest()
+    else:
+        path = obtain(options, folder, sources, "data.tar", *MMLU_TAR, lone=True)
+        try:
+            with tarfile.open(path) as tar:
+                files = {m.name: m for m in tar if m.name.endswith(".csv") and m.isfile()}
+                tables = [(name, tar.extractfile(files[name]).read()) for name in sorted(files)]
+        except (tarfile.TarError, OSError, EOFError) as e:
+            raise UserError(f"error: {path} is not a tar archive that can be read: {e}") from None
+    for name, data in tables:
+        if found := re.search(r"(?:^|/)(dev|val|test)/(\w+)_\1\.csv$", name):
+            try:
+                reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+                for question, *given, letter in reader:
+                    where, subject = f"{name} line {reader.line_num}", found[2].replace("_", " ")
+                    splits.setdefault(found[1], []).append(
+                        multiple_choice("mmlu", question, given, letter, subject, where))
+            except (csv.Error, ValueError) as e:             # a row of one cell, bytes that are no text
+                raise UserError(f"error: {name} is not a table of MMLU: {e}") from None
+    if "test" not in splits:
+        raise UserError(f"error: no test/<subject>_test.csv in {options.source or folder}; expected MMLU's "
+                        "folders dev, val and test")
+    return splits, sources
+
+
+def load_mix(options, folder):
+    """The training splits of several tasks, labelled by their groups; validation from each, too."""
+    parts, sources = {"train": [], "val": []}, {}
+    for name, joined in dict(gsm8k=["train"], math=["train"], mbpp=["train"], mmlu=["dev", "val"]).items():
+        if name == "math" and not options.math:
+            print("note: the mix is without MATH; --math=DIR is a folder with its train.jsonl")
+            continue
+        task = TASKS[name]
+        splits, found = task.load(task.options(source=getattr(options, name)),
+                                  folder.parents[1] / name / "source")
+        sources |= {f"{name}/{file}": sha256 for file, sha256 in found.items()}
+        own = {"train": sum((splits.get(split, []) for split in joined), []), "val": splits.get("val", [])}
+        if "val" in joined:          # validated on what is not trained on
+            own = hold_out(own, len(own["train"]) // 10)
+        for split in parts:
+            parts[split] += [p._replace(label=task.group) for p in own[split]]
+    random.Random(SEED).shuffle(parts["train"])
+    return parts, sources
+
+
+# ---------------------------------------------------------------------------------- the tasks
+class Task(NamedTuple):
+    load: Callable                   # (options, folder for downloads) -> ({split: [Problem]}, {file: sha256})
+    read: Callable                   # (problem, text) -> (strict, flexible) answer, None where there is none
+    options: type = Files            # dataclass of its command-line options
+    group: str = ""                  # one of GROUPS: its label in the mix
+    labels: tuple = GROUPS           # names of the guidance labels; (): those that the problems have
+    tokenizer: str = "gpt2"
+    prompt: str = PROMPT             # a user's own question becomes a prompt by this
+    shots: str = ""                  # the split whose problems are worked examples; "": there is none
+    stops: tuple = ("\nQuestion:",)  # an output ends before the first of these
+    expects: str = '"#### " and a plain number, such as #### 1,234.5'    # of a true answer
+    well_formed: Callable = lambda problem, text: True       # of a text that has an answer: its form is right
+
+
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
+GSM8K_FILES = {
+    "train": ("train.jsonl", f"{GSM8K}grade_school_math/data/train.jsonl", 4166206,
+              "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+    "test": ("test.jsonl", f"{GSM8K}grade_school_math/data/test.jsonl", 749738,
+             "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14")}
+JSONL_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl",)}
+MATH_FILES = {
+    "train": ("train.jsonl",),
+    "test": ("test.jsonl", "https://raw.githubusercontent.com/ZubinGou/math-evaluation-harness/"
+             "db77bc6bb2a17c90ed2d63e88ebd8c40a82858c5/data/math_oai/test.jsonl", 446564,
+             "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132")}
+MMLU_TAR = ("https://people.eecs.berkeley.edu/~hendrycks/data.tar", None,
+            "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b")
+PRO_HELP = (", saved by datasets.load_dataset('TIGER-Lab/MMLU-Pro', split='test').to_json('test.jsonl'), and "
+            "validation.jsonl likewise")
+PRO_FILES = {"val": ("validation.jsonl", PRO_HELP), "test": ("test.jsonl", PRO_HELP)}
+HUMANEVAL_FILES = {"test": ("HumanEval.jsonl.gz", "https://raw.githubusercontent.com/openai/human-eval/"
+                            "6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz", 44877,
+                            "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef")}
+MBPP_FILES = {"all": ("mbpp.jsonl", "https://raw.githubusercontent.com/google-research/google-research/"
+                      "master/mbpp/mbpp.jsonl")}
+
+TASKS = {
+    "arithmetic": Task(generated("arithmetic"), read_number, Generated, labels=step_names(4),
+                       tokenizer="arithmetic", shots="train"),
+    "styles": Task(generated("styles", styled), read_number, Generated, labels=STYLES,
+                   tokenizer="arithmetic", shots="train",
+                   well_formed=lambda problem, text: in_style(problem.label, text)),
+    "gsm8k": Task(from_lines(gsm8k, GSM8K_FILES), read_number, HeldOut, "math", step_names(8), shots="train"),
+    "jsonl": Task(from_lines(jsonl, JSONL_FILES, ["test"]), read_text, HeldOut, labels=(), shots="train",
+                  expects='words, or "#### " and a plain number, such as #### 1,234.5'),
+    "math": Task(from_lines(competition, MATH_FILES, ["train"]), read_boxed, HeldOut, "math", shots="train",
+                 expects=r"a formula in \boxed{}"),
+    "mmlu": Task(load_mmlu, read_letter, Files, "knowledge", shots="dev"),
+    "mmlu_pro": Task(from_lines(mmlu_pro, PRO_FILES), read_letter, Files, "knowledge", shots="val"),
+    "humaneval": Task(from_lines(humaneval, HUMANEVAL_FILES), read_code(lambda p, text: p.prompt + text),
+                      Files, "code", prompt="{}", stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
+    "mbpp": Task(from_lines(mbpp, MBPP_FILES), read_code(lambda p, text: text), Files, "code",
+                 shots="dev", stops=("\nQuestion:", "\nassert")),
+    "mix": Task(load_mix, read_number, Mix),
+}

@@ -1,0 +1,318 @@
+"""Tools of the tests: tiny models, a naive Algorithm 1, short runs, and processes that may be killed."""
+import json
+import math
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from configurator import UserError
+from decode import row_noise
+from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tokens(*shape, seed=0, vocab=31):
+    return torch.randint(vocab, shape, generator=generator(seed))
+
+
+def everywhere(B, T):
+    """at = (rows, columns) of every position."""
+    return torch.arange(B).repeat_interleave(T), torch.arange(T).repeat(B)
+
+
+def error_of(function, *args, **kwargs):
+    """The message of the UserError that function raises: one line that begins with error:."""
+    with pytest.raises(UserError) as e:
+        function(*args, **kwargs)
+    message = str(e.value)
+    assert message.startswith("error: ") and "\n" not in message and len(message) < 2000, message
+    return message
+
+
+def says(message, *parts):
+    missing = [part for part in parts if str(part) not in message]
+    assert not missing, f"{missing} not in {message!r}"
+
+
+def same_tensors(a, b):
+    """Whether two nests of dicts, lists and tensors are equal, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tensors, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# --------------------------------------------------------------- a pair whose guesses change on the way
+WILD = GPTConfig(block_size=24, vocab_size=29, n_layer=2, n_head=3, n_embd=24)
+EOT = 4
+
+
+def wild_pair(seed=1, config=WILD, **path):
+    """A tiny pair with large random weights: what the trunk would write and what the path makes of it differ."""
+    torch.manual_seed(0)
+    trunk = GPT(config)
+    path = PathConfig(**dict(x_dim=8, t_dim=16, sigma=2.0, time_scale=10.0) | path)
+    pair = L2D(trunk, DiffusionPath(trunk, path, 3))
+    std = {"trunk.wpe": 1.0, "trunk.wte": 0.5, "trunk.h": 0.2, "trunk.ln_f": 0.2,
+           "path.w": 0.6, "path.x_in": 0.6, "path.label": 1.0}
+    g = generator(seed)
+    with torch.no_grad():
+        for name, p in pair.named_parameters():
+            p.copy_(std.get(".".join(name.split(".")[:2]), 0.25) * torch.randn(p.shape, generator=g)
+                    + ("ln_" in name and name.endswith("weight")))
+    return pair.requires_grad_(False)
+
+
+class Naive:
+    """Algorithm 1 from DESIGN's text for one prompt: no cache, no batch, no table, no draft, a full forward for
+    every evaluation. s: a Decoding; label: one number; eot: ends a text."""
+    def __init__(self, model, s, label, eot=EOT):
+        self.model, self.s, self.label, self.eot = model, s, label, eot
+        V = model.trunk.wte.weight @ model.path.W.weight.T
+        self.V = math.sqrt(model.path.config.x_dim) * V / V.norm(dim=1, keepdim=True)
+
+    def path_logits(self, x, t, label):
+        self.nfe += 1
+        at = torch.tensor([0]), torch.tensor([len(self.ids) - 1])
+        c = self.model.read(torch.tensor([self.ids]), at)
+        return self.model(x[None], torch.tensor([t]), c, torch.tensor([label]))[0]
+
+    def pick(self, logits, u):
+        p = logits.softmax(-1)
+        if self.s.guess == "mean":
+            return logits.argmax().item(), p @ self.V
+        sampled = self.s.guess == "sample"
+        guess = min(int((p.cumsum(0) <= u).sum()), len(p) - 1) if sampled else logits.argmax().item()
+        return guess, self.V[guess]
+
+    def f(self, x, t, last=False):
+        """x_1_hat, and the logits of the latest evaluation in self.logits."""
+        if self.stopped:
+            return self.x_1_hat
+        self.calls += 1
+        u = self.u[self.calls]
+        if t == 0:
+            self.logits = self.model.trunk.head(self.model.trunk(torch.tensor([self.ids]))[0])[0, -1]
+            self.guess, self.x_1_hat = self.pick(self.logits, u)
+            return self.x_1_hat
+        self.logits = self.path_logits(x, t, self.label)
+        guess, x_1_hat = self.pick(self.logits, u)
+        if self.s.guidance != 1 and not last:
+            free = self.pick(self.path_logits(x, t, self.model.no_label), u)[1]
+            x_1_hat = self.s.guidance * x_1_hat + (1 - self.s.guidance) * free
+        if self.s.stop and guess == self.guess and self.logits.softmax(-1)[guess] > self.s.stop:
+            self.stopped = True
+        self.guess, self.x_1_hat = guess, x_1_hat
+        return x_1_hat
+
+    def v(self, x, t):
+        return (self.f(x, t) - x) / (1 - t)
+
+    def adapt(self, x, end):
+        t, dt, v = 0.0, 0.25, self.v(x, 0.0)
+        for _ in range(self.s.steps - 1):
+            dt = end - t if t + 1.01 * dt > end else dt
+            x_new = x + dt * v
+            if t + dt == 1:                                       # no slope there: the step stands
+                self.f(x_new, 1.0)
+                break
+            v_new = self.v(x_new, t + dt)
+            error = float(dt / 2 * ((v_new - v) ** 2).mean().sqrt())
+            factor = min(2.0, max(0.3, 0.9 * math.sqrt(self.s.tol / max(error, 1e-9))))
+            if error <= self.s.tol:
+                x, v, t = x_new, v_new, t + dt
+            dt *= factor
+            if t >= end - 1e-6:
+                break
+
+    def solve(self, x_0):
+        s, T, x = self.s, self.s.steps, x_0
+        end = s.t_end or min((T - 1) / T, 15 / 16)
+        if s.solver == "adaptive":
+            return self.adapt(x, end)
+        per = 1 if s.solver in ("euler", "relaxed") else 2
+        n = (T - 1) // per + (T - 1) % per
+        grid = [end * s.shift * i / n / (1 + (s.shift - 1) * i / n) for i in range(n)] + [end]
+        for i in range(n):
+            a, b = grid[i], grid[i + 1]
+            h = b - a
+            if s.solver == "relaxed":                             # on the line from x_0 to a mean of the guesses
+                m = self.f(x, a) if i == 0 else (1 - s.weight) * m + s.weight * self.f(x, a)
+                x = (1 - b) * x_0 + b * m
+            elif s.solver == "euler" or (i == 0 and (T - 1) % 2):
+                x = x + h * self.v(x, a)
+            elif s.solver == "midpoint":
+                x = x + h * self.v(x + h / 2 * self.v(x, a), a + h / 2)
+            else:
+                v = self.v(x, a)
+                x = x + h * v if b == 1 else x + h / 2 * (v + self.v(x + h * v, b))
+        self.f(x, end, last=True)
+
+    @torch.no_grad()
+    def predict(self, ids, x_0, u):
+        """Logits of the token after ids, from noise x_0 (D,) and uniform numbers u (steps + 1,)."""
+        self.ids, self.u, self.calls, self.nfe, self.stopped = ids, u, 0, 0, False
+        self.f(None, 0.0) if self.s.steps == 1 else self.solve(x_0)
+        return self.logits
+
+    def choose(self, logits, u):
+        if not self.s.temperature:
+            return logits.argmax().item()
+        p = (logits / self.s.temperature).softmax(-1)
+        if self.s.top_k:
+            p = torch.where(p >= p.topk(min(self.s.top_k, len(p))).values[-1], p, 0)
+        return min(int(((p / p.sum()).cumsum(0) <= u).sum()), len(p) - 1)
+
+    def generate(self, prompt, id):
+        """The new tokens, whether they ended, and path calls of each prediction."""
+        x_0, u = (z[0] for z in row_noise([id], self.s, self.model.path.config.x_dim, "cpu"))
+        ids, new, total, self.differ = list(prompt), [], [], []
+        for n in range(self.s.max_new_tokens):
+            logits = self.predict(ids, self.model.path.config.sigma * x_0[n], u[n])
+            y = self.choose(logits, u[n, 0])
+            trunk = self.model.trunk.head(self.model.trunk(torch.tensor([ids]))[0])[0, -1]
+            self.differ += [n] if y != self.choose(trunk, u[n, 0]) else []    # from plain decoding's choice
+            total.append(self.nfe)
+            if y == self.eot:
+                return new, True, total
+            new.append(y)
+            ids.append(y)
+            if len(ids) > self.model.trunk.config.block_size:
+                break
+        return new, False, total
+
+
+# ------------------------------------------------------------------------------------------ short runs
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=128, x_dim=16, t_dim=32, sigma=4, lora_rank=4,
+            batch_size=16, steps=40, warmup=2, learning_rate=1e-2, min_lr=1e-3, eval_every=1000, eval_examples=32,
+            log_every=1)
+
+
+def argv(**options):
+    return [f"--{key}={value}" for key, value in (TINY | options).items()]
+
+
+def metrics(out_dir):
+    """The records of metrics.jsonl, as strict JSON: NaN and Infinity are not."""
+    def refuse(word):
+        raise AssertionError(f"{word} in metrics.jsonl is not JSON")
+    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def timeless(out_dir):
+    """The same without what a clock has to do with."""
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in metrics(out_dir)]
+
+
+def losses(out_dir):
+    return [r["loss"] for r in metrics(out_dir) if "loss" in r]
+
+
+def evaluations(out_dir):
+    return [r for r in metrics(out_dir) if "val_loss" in r]
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------- processes
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def child(words, *args, timeout=120, **env):
+    """A Python of its own, one thread: as fast, and as exact, as this one."""
+    return subprocess.run([sys.executable, *map(str, words), *args], cwd=ROOT, capture_output=True, text=True,
+                          timeout=timeout, env=os.environ | ENV | env)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def _script(module, words, env, log, before):
+    """In the process: what `python module.py words` does, with before() run first."""
+    os.environ.update(env)
+    os.chdir(ROOT)
+    for fd, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    torch.set_num_threads(1)
+    import configurator
+    script = __import__(module)
+    sys.argv = [f"{module}.py", *words]
+    if before:
+        before()
+    configurator.run(script.main)
+
+
+class Process:
+    """`python module.py words` in a process that begins at once: it is forked from one that has imported torch.
+
+    before: a function of a test file, called in it first, that puts a fault in.
+    """
+    def __init__(self, log, module, words, before=None, **env):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "train", "sample", "helpers"])
+        self.log, arguments = log, (module, words, env, str(log), before)
+        self.process = context.Process(target=_script, args=arguments, daemon=True)
+        self.process.start()
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def out(self):
+        return Path(f"{self.log}.out").read_text(errors="replace") if Path(f"{self.log}.out").exists() else ""
+
+    def err(self):
+        return Path(f"{self.log}.err").read_text(errors="replace") if Path(f"{self.log}.err").exists() else ""
+
+    def wait(self, timeout=60):
+        """The exit status; minus the signal's number, if that ended it."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"it hangs: {self.out()[-500:]} {self.err()[-500:]}")
+        return self.process.exitcode
+
+    def until(self, happened, timeout=60):
+        """Wait until happened(self) while it runs."""
+        end = time.monotonic() + timeout
+        while not happened(self):
+            assert self.process.is_alive() and time.monotonic() < end, (self.out()[-500:], self.err()[-900:])
+            time.sleep(0.005)
+        return self
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+        return self
+
+
+def script(tmp_path, module, *words, before=None, timeout=60, **env):
+    """Run one to its end: (status, stdout, stderr)."""
+    process = Process(tmp_path / f"script{time.monotonic_ns()}", module, list(words), before, **env)
+    status = process.wait(timeout)
+    return status, process.out(), process.err()
+
+
+def group(tmp_path, n, words, before=None):
+    """n ranks of train.py under gloo, as torchrun starts them."""
+    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [Process(tmp_path / f"rank{r}", "train", words, before, RANK=str(r), LOCAL_RANK=str(r), **shared)
+            for r in range(n)]
