@@ -60,7 +60,7 @@ def encode_split(encoding, split, problems, label_names, drop_long):
         message = f"{len(long)} problems of {split} are longer than {MAX_TOKENS} tokens, first {long[0]}"
         if split in TRAINING and not drop_long:
             raise UserError(f"error: {message}; shorten them, or leave them out with --drop_long")
-        print(f"note: {message}; " + ("left out" if split in TRAINING else "kept, and can only be wrong"))
+        print(f"note: {message}; " + ("left out" if split in TRAINING else "kept; what does not fit is cut"))
     if not kept:
         raise UserError(f"error: no problem of {split} has at most {MAX_TOKENS} tokens")
     lengths = np.array(lengths)
@@ -80,6 +80,9 @@ def make(name, options, folder):
     """Writes the data of a task to a folder, and returns what to say about it, a string."""
     task = TASKS[name]
     splits, sources = task.load(options, folder.parent / "source")
+    for split, n in task.counts.items():
+        if len(splits.get(split, [])) != n:
+            print(f"note: {split} has {len(splits.get(split, []))} problems, the original {n}")
     if subset := getattr(options, "subset", 0):
         n = len(splits.get("train", []))
         if not 1 <= subset <= n:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every run behind docs/RESULTS.md, in order; about 5 hours on one CPU core. What is finished is kept; what was
-# cut goes on. After bash demo.sh, in its virtual environment, and:
+# Every run behind docs/RESULTS.md, in order; about 5 hours on one CPU core. What is finished is kept; what
+# was cut goes on. After bash demo.sh, in its virtual environment, and:
 #     pip install -r requirements-dev.txt; python prepare_data.py gsm8k
 #     bash experiments/experiments.sh
 #     bash experiments/experiments.sh --list    # only say the commands, to run them by hand or side by side

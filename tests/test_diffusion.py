@@ -76,9 +76,10 @@ def test_t_and_x_0_are_independent_and_x_0_has_standard_deviation_sigma():
 
 
 def test_unrolled_times_are_a_time_grid_of_one_to_so_many_calls():
-    drawn = [draw_times(5, 0.9, 3.0, generator(i)) for i in range(400)]
+    drawn = [draw_times(5, 0.5, 0.9, generator(i)) for i in range(400)]
     counts = [len(times) - 1 for times in drawn]
-    assert set(counts) == {1, 2, 3, 4, 5} and all(times == time_grid(len(times) - 1, 0.9, 3.0) for times in drawn)
+    assert set(counts) == {1, 2, 3, 4, 5}
+    assert all(times == time_grid(n, 0.5, 0.9) for n, times in zip(counts, drawn))
     share = [math.log((n + 1) / n) / math.log(6) for n in range(1, 6)]    # uniform in the logarithm of the calls
     assert all(abs(counts.count(n) / 400 - share[n - 1]) < 0.08 for n in range(1, 6))
 
@@ -106,20 +107,19 @@ class Field:
         return x
 
 
-def run(field, x_0, steps, solver, t_end=0.0, shift=1.0, **more):
+def run(field, x_0, steps, solver, t_end=0.0, t_begin=0.0, **more):
     """x at the time of the last evaluation, and that time; by the one Algorithm 1."""
     f = field if isinstance(field, Field) else Field(field)
-    x = algorithm_1(f, x_0, *Sampler(steps=steps, solver=solver, t_end=t_end, shift=shift, **more).plan(x_0))
-    return x, f.read_at
+    sampler = Sampler(steps=steps, solver=solver, t_end=t_end, t_begin=t_begin, **more)
+    return algorithm_1(f, x_0, *sampler.plan(x_0)), f.read_at
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("t_end", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_constant_guess_gives_the_straight_line(solver, t_end, shift):
+@pytest.mark.parametrize("t_begin, t_end", [(0.0, 0.0), (0.0, 0.3), (0.0, 1.0), (0.2, 0.9), (0.6, 1.0)])
+def test_a_constant_guess_gives_the_straight_line(solver, t_begin, t_end):
     x_0, x_1 = 64 * torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     for steps in range(2, 18):
-        x, t = run(lambda x, t: x_1, x_0, steps, solver, t_end, shift)
+        x, t = run(lambda x, t: x_1, x_0, steps, solver, t_end, t_begin)
         assert t == pytest.approx(t_end or min(1 - 1 / steps, 0.9375), abs=1e-12)
         torch.testing.assert_close(x, (1 - t) * x_0 + t * x_1, atol=1e-9, rtol=1e-9)
         if t_end == 1:
@@ -129,31 +129,30 @@ def test_a_constant_guess_gives_the_straight_line(solver, t_end, shift):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("t_end", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("shift", [1.0, 2.5, 0.4])
-def test_a_solver_spends_the_evaluations_it_is_given(solver, t_end, shift):
+@pytest.mark.parametrize("t_begin, t_end", [(0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (0.1, 0.9), (0.5, 1.0)])
+def test_a_solver_spends_the_evaluations_it_is_given(solver, t_begin, t_end):
     for steps in range(2, 18):
         f = Field(lambda x, t: torch.sin(x))
-        x, t = run(f, torch.ones(2, 3), steps, solver, t_end, shift)
+        x, t = run(f, torch.ones(2, 3), steps, solver, t_end, t_begin)
         saved = solver == "heun" and t_end == 1 and steps > 2     # its last slope would be the one at t = 1
         assert len(f.times) + 1 == steps - saved                  # the last evaluation is the one that is read
         assert f.times[0] == 0 and f.times == sorted(f.times) and f.times[-1] < 1
         assert torch.isfinite(x).all() and f.times[-1] <= t
 
 
-def test_time_grid_is_its_formula_and_ends_exactly():
+def test_time_grid_is_even_and_ends_exactly():
     for n in (1, 2, 3, 10, 16):
         for t_end in (0.1, 0.9, 1 - 1 / 16, 1.0):
-            torch.testing.assert_close(torch.tensor(time_grid(n, t_end)), torch.linspace(0, t_end, n + 1))
-            for shift in (0.1, 0.3, 0.7, 1.1, 1.5, 3.3, 4.9, 10.0, 49.0):
-                times = time_grid(n, t_end, shift)
+            torch.testing.assert_close(torch.tensor(time_grid(n, 0.0, t_end)), torch.linspace(0, t_end, n + 1))
+            for t_begin in (0.0, 0.03, 0.1):
+                times = time_grid(n, t_begin, t_end)
                 assert times[0] == 0 and times[-1] == t_end and len(times) == n + 1       # never past 1
-                assert all(a < b for a, b in zip(times, times[1:]))
-                widths = [b - a for a, b in zip(times, times[1:])]
-                assert n == 1 or (widths[-1] < widths[0]) == (shift > 1)
-                for i, t in enumerate(times):
-                    assert t == pytest.approx(t_end * shift * i / (n + (shift - 1) * i))
-    assert time_grid(0, 0.5) == [0.0]
+                if t_begin and n > 1:
+                    even = torch.linspace(t_begin, t_end, n)      # the path calls; at 0 the trunk is asked
+                    torch.testing.assert_close(torch.tensor(times[1:]), even)
+                assert times == sorted(times)
+    assert time_grid(0, 0.0, 0.5) == [0.0] and time_grid(3, 0.9, 0.9) == [0.0, 0.9, 0.9, 0.9]
+    assert Sampler(steps=1, t_begin=0.5, t_end=0.9).plan(None)[0] == [0.0]
 
 
 SIGMA, MEAN, STD = 4.0, 1.5, 0.7
@@ -182,13 +181,12 @@ def wave_solution(x_0, t, n=20_000):
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2)])
-@pytest.mark.parametrize("shift", [1.0, 2.0])
-def test_a_solver_converges_with_its_order(solver, order, shift):
+def test_a_solver_converges_with_its_order(solver, order):
     x_0 = (torch.rand(100, 1, generator=generator(), dtype=torch.float64) + 0.5) * 4
     for f, solution in ((wave_denoiser, wave_solution), (gaussian_denoiser, gaussian_solution)):
         errors = []
         for n in (32, 64, 128, 256):                              # intervals
-            x, t = run(f, x_0, n * order + 1, solver, 0.95, shift)
+            x, t = run(f, x_0, n * order + 1, solver, 0.95)
             errors.append((x - solution(x_0, t)).abs().max().item())
         slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
         expected = 3 if solver == "midpoint" and f is gaussian_denoiser else order
@@ -198,7 +196,7 @@ def test_a_solver_converges_with_its_order(solver, order, shift):
 def test_relaxed_with_eulers_own_weight_is_euler():
     """(b - a) / ((1 - a) b) at every step; on a guess that travels, with every grid."""
     x_0 = 4 * torch.randn(6, 3, generator=generator(), dtype=torch.float64)
-    for times in (time_grid(7, 0.9), time_grid(5, 1.0, 3.0), [0.0, 0.2, 0.25, 0.9]):
+    for times in (time_grid(7, 0.0, 0.9), time_grid(5, 0.3, 1.0), [0.0, 0.2, 0.25, 0.9]):
         def relaxed(dx, x, a, b):
             return diffusion.relaxed_step(dx, x, a, b, x_0, (b - a) / ((1 - a) * b))
         euler, other = Field(wave_denoiser), Field(wave_denoiser)
@@ -334,20 +332,26 @@ def test_nll_without_a_path_or_at_t_0_is_the_trunks_cross_entropy(model):
 def test_training_through_algorithm_1_sees_the_samplers_logits(model):
     """nll with times, against teacher_forced: the logits of sampling."""
     idx, at, y, label = example()
-    for steps, t_end, shift in ((2, 0.99, 10.0), (3, 0.9, 1.0), (6, 15 / 16, 4.0)):
-        sampler = Sampler(steps=steps, guess="mean", t_end=t_end, shift=shift)
+    for steps, t_begin, t_end, weight in ((2, 0.0, 0.99, 0), (3, 0.0, 0.9, 0.4), (6, 0.5, 15 / 16, 0), (5, 0.6, 0.9, 1)):
+        how = dict(solver="relaxed", weight=weight) if weight else {}
+        sampler = Sampler(steps=steps, guess="mean", t_begin=t_begin, t_end=t_end, **how)
         logits, _ = teacher_forced(model, idx, at, sampler, generator(3), label)
         config = model.path.config
         x_0 = config.sigma * torch.randn(len(y), config.x_dim, generator=generator(3))
-        losses = nll(model, idx, at, y, label, x_0=x_0, times=time_grid(steps - 1, t_end, shift))
+        unroll = time_grid(steps - 1, t_begin, t_end), weight
+        losses = nll(model, idx, at, y, label, x_0=x_0, unroll=unroll)
         torch.testing.assert_close(losses, F.cross_entropy(logits, y, reduction="none"), atol=1e-4, rtol=1e-4)
 
 
-def test_the_gradient_goes_through_every_step_of_algorithm_1(model):
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_the_gradient_goes_through_every_step_of_algorithm_1(model, weight):
     """Against finite differences along itself; and the first of four steps has a share in it."""
     idx, at, y, label = example()
     model, x_0 = copy.deepcopy(model), 2.0 * torch.randn(len(y), 8, generator=generator(3))
-    loss = lambda: nll(model, idx, at, y, label, x_0=x_0, times=time_grid(3, 0.9)).sum()
+    times = time_grid(3, 0.5, 0.9)
+
+    def loss():
+        return nll(model, idx, at, y, label, x_0=x_0, unroll=(times, weight)).sum()
     weights = (model.path.W.weight, model.path.x_in[0].weight, model.path.h[0].mlp.c_fc.weight)
     params = [p.requires_grad_() for p in weights]
     grads = torch.autograd.grad(loss(), params)
@@ -385,12 +389,12 @@ def test_the_gradient_of_a_batch_is_the_sum_over_its_unequal_parts(trainable):
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 SETTINGS = {
     "trunk": dict(steps=1), "trunk sampled": dict(steps=1, temperature=1.0, top_k=5),
-    "two": dict(steps=2), "euler": dict(steps=8), "euler shift": dict(steps=7, shift=3.0),
+    "two": dict(steps=2), "euler": dict(steps=8), "euler late": dict(steps=7, t_begin=0.5, t_end=0.9),
     "many": dict(steps=17), "euler to 1": dict(steps=5, t_end=1.0),
-    "midpoint": dict(steps=9, solver="midpoint"), "midpoint odd": dict(steps=6, solver="midpoint", shift=2.0),
+    "midpoint": dict(steps=9, solver="midpoint"), "midpoint odd": dict(steps=6, solver="midpoint", t_begin=0.4, t_end=0.95),
     "midpoint to 1": dict(steps=15, solver="midpoint", t_end=1.0), "heun": dict(steps=7, solver="heun"),
     "heun to 1": dict(steps=8, solver="heun", t_end=1.0), "relaxed": dict(steps=8, solver="relaxed"),
-    "relaxed shift": dict(steps=6, solver="relaxed", weight=0.3, shift=3.0, guess="mean"),
+    "relaxed late": dict(steps=6, solver="relaxed", weight=0.3, t_begin=0.6, t_end=0.9, guess="mean"),
     "adaptive": dict(steps=12, solver="adaptive", tol=0.3),
     "adaptive short": dict(steps=4, solver="adaptive", tol=0.05),
     "adaptive to 1": dict(steps=12, solver="adaptive", tol=0.5, t_end=1.0),
@@ -520,7 +524,7 @@ def test_teacher_forced_without_labels_means_no_label(model):
     torch.testing.assert_close(none, last, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [dict(steps=0), dict(t_end=-0.1), dict(t_end=1.1), dict(shift=0.0), dict(tol=0.0),
+@pytest.mark.parametrize("wrong", [dict(steps=0), dict(t_end=-0.1), dict(t_end=1.1), dict(t_begin=-0.1), dict(t_begin=0.5), dict(tol=0.0),
                                    dict(stop=1.0), dict(stop=-0.1), dict(temperature=-1.0), dict(top_k=-1),
                                    dict(weight=0.0), dict(weight=1.5)])
 def test_settings_out_of_range_are_refused(wrong):
