@@ -62,6 +62,12 @@ def load_trunk(name, manifest):
     return trunk
 
 
+def load_path(path, name):
+    """The weights of the path in a checkpoint of train.py, into this path."""
+    tensors = load_checkpoint(name)["model"]
+    load_state(path, {k[5:]: v for k, v in tensors.items() if k.startswith("path.")}, name)
+
+
 # ------------------------------------------------------------------------------------------------ save
 def save(checkpoint, path, previous=None):
     """Write whole or not at all: a kill while writing leaves what was there, which then becomes

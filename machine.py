@@ -110,6 +110,24 @@ class Ranks:
             dist.destroy_process_group()
 
 
+@contextmanager
+def ranks_of(device, remedy):
+    """The Ranks of this process, closed in the end. A user's error is said once a host, and being out of memory
+    is one, with this remedy."""
+    ranks = Ranks(device)
+    try:
+        yield ranks
+    except torch.OutOfMemoryError as e:
+        why = str(e).splitlines()[0]
+        raise UserError(f"error: out of memory; {remedy} ({why})") from None
+    except UserError:
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            raise SystemExit(1) from None
+        raise
+    finally:
+        ranks.close()
+
+
 class StopSignals:
     """Ctrl-C and SIGTERM, noted instead of obeyed: number is that of the signal, 0 before. A second one ends
     the process at once. Exit with status 128 + number."""
