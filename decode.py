@@ -23,11 +23,7 @@ from configurator import UserError
 from diffusion import Denoiser, Sampler, Tables, choose, predict
 from model import Context
 
-<<<<<<< HEAD
 HALF = 32               # a pass over n positions takes about 1 + n / HALF times one over a single position
-=======
-HALF = 32               # a pass over n positions takes about 1 + n / HALF times one over one (docs/LOG.md)
->>>>>>> bench
 
 
 @dataclass(frozen=True)
@@ -195,13 +191,8 @@ def next_length(out, config):
     """The length K of the next draft, at most config.draft, by which a token should take the least time.
 
     out: the Generated of the B rows. Of the tokens so far a share a was as drafted, so a draft of K gives
-<<<<<<< HEAD
-    (1 - a^K) / (1 - a) tokens on average. It takes K trunk passes over B positions, and over K B positions as
-    many path calls as a token took so far. Both begin as if ten tokens had come before, nine of them drafted.
-=======
     (1 - a^K) / (1 - a) tokens on average. It takes K trunk passes over B positions, and as many path calls
     over K B positions as a token took so far. Ten tokens are assumed to have come before, nine as drafted.
->>>>>>> bench
     """
     B, n = len(out), 10 + sum(o.predicted for o in out)
     differ = (1 + sum(len(o.rejected) for o in out)) / n          # 1 - a
