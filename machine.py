@@ -112,8 +112,8 @@ class Ranks:
 
 @contextmanager
 def ranks_of(device, remedy):
-    """The Ranks of this process, closed in the end. A user's error is said once a host; being out of memory is
-    one, with this remedy."""
+    """The Ranks of this process, closed in the end. A user's error is said once a host. So is running out of
+    memory, with this remedy."""
     ranks = Ranks(device)
     try:
         yield ranks
