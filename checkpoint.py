@@ -72,7 +72,12 @@ def load_path(path, name):
 def save(checkpoint, path, previous=None):
     """Write whole or not at all: a kill while writing leaves what was there, which then becomes
     `previous`."""
-    write_file(f"{path}.new", lambda file: torch.save(checkpoint, file))
+    def write(file):
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as e:                                 # torch's own, after the OSError of a full disk
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
+    write_file(f"{path}.new", write)
     if previous and os.path.exists(path):
         os.replace(path, previous)
     os.replace(f"{path}.new", path)
@@ -124,8 +129,11 @@ class Log:
 
     def __call__(self, **record):
         if self.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as e:
+                raise UserError(f"error: cannot write {self.path}: {e.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------- resume
@@ -136,9 +144,13 @@ def open_out_dir(config, ranks):
     if config.resume and not (os.path.exists(last) or os.path.exists(previous)):
         raise UserError(f"error: nothing to resume: {last} does not exist; start without --resume")
     lock_file = lock(config.out_dir) if ranks.main else None
+    for name in os.listdir(config.out_dir) if ranks.main else ():
+        if name.startswith(".") and name.endswith(".tmp"):        # left by a kill while writing
+            os.remove(os.path.join(config.out_dir, name))
     if not config.resume:
-        if os.path.exists(last):
-            raise UserError(f"error: {last} exists; go on with --resume, or choose another --out_dir")
+        for path in (last, previous):
+            if os.path.exists(path):
+                raise UserError(f"error: {path} exists; go on with --resume, or choose another --out_dir")
         return lock_file, None
     try:
         return lock_file, load_checkpoint(last) | {"path": last}
