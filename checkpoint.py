@@ -1,4 +1,5 @@
-""" Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
+"""
+Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
 
 out_dir holds last.pt (all that --resume needs), previous.pt (the one before), best.pt (lowest validation
 loss; weights only) and, where the trunk is frozen, trunk.pt: written once, and named by its hash in the

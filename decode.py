@@ -1,4 +1,5 @@
-""" Texts: Algorithm 1 position after position, with the trunk's key-value cache, for prompts of any lengths
+"""
+Texts: Algorithm 1 position after position, with the trunk's key-value cache, for prompts of any lengths
 at once.
 
 The trunk drafts. In a *round* the trunk writes K tokens by plain decoding. Then Algorithm 1 runs at the K

@@ -1,4 +1,5 @@
-""" GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
+"""
+GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
 arXiv 2501.15781; "Eq." below are the paper's).
 
 The *trunk* is GPT-2, frozen. The *path* runs beside it. It takes a noised embedding x_t of the token to
