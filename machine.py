@@ -32,8 +32,7 @@ def pick_device(want):
 
 
 def pick_dtype(want, device):
-    """The torch.dtype of --dtype. auto: float32 on a CPU, bfloat16 on a GPU, float16 on one that only
-    emulates it."""
+    """The torch.dtype of --dtype. auto: float32 on a CPU; on a GPU bfloat16, or float16 if that is emulated."""
     if want == "auto":
         if device.type != "cuda":
             return torch.float32
