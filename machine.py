@@ -32,7 +32,7 @@ def pick_device(want):
 
 
 def pick_dtype(want, device):
-    """The torch.dtype of --dtype. auto: float32 on a CPU, bfloat16 on a GPU, float16 where that is emulated."""
+    """The torch.dtype of --dtype. auto: float32 on a CPU; bfloat16 on a GPU, float16 if that is emulated."""
     if want == "auto":
         if device.type != "cuda":
             return torch.float32
