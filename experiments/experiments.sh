@@ -58,6 +58,7 @@ for s in "" _s1 _s2; do
         on val demo_l2d$s --steps=4 --guidance=$guidance --label="3 steps"    # wrong for about half
     done
     # choices at inference
+    for option in "" --guess=mean --guess=sample "--t_hold=0.5 --t_end=0.9" --t_end=1; do
         on val demo_l2d$s --steps=4,16 $option
     done
 done
