@@ -1,4 +1,5 @@
-""" Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
+"""
+Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
 
 out_dir holds last.pt (all that --resume needs), previous.pt (the one before), best.pt (lowest validation
 loss; weights only) and, where the trunk is frozen, trunk.pt: written once, and named by its hash in the
@@ -33,8 +34,7 @@ def load_state(module, tensors, source):
 
 
 def pretrained_trunk(name):
-    """GPT-2's weights by hub name, .safetensors file or directory, as a GPT. Raises UserError where they
-    cannot be had, are damaged, or are not GPT-2's."""
+    """GPT-2's weights by hub name, file or directory, as a GPT. UserError where they cannot be had."""
     from gpt2_weights import load_gpt2
     tensors, n_head, path = load_gpt2(name)
     block_size, (vocab_size, n_embd) = tensors["wpe.weight"].shape[0], tensors["wte.weight"].shape
@@ -45,8 +45,7 @@ def pretrained_trunk(name):
 
 
 def load_trunk(name, manifest):
-    """The trunk in a checkpoint (.pt) of train.py, its LoRA merged in, or GPT-2's: for data with this
-    manifest."""
+    """The trunk of a checkpoint (.pt), its LoRA merged in, or GPT-2's, for data with this manifest."""
     if name.endswith(".pt"):
         checkpoint = load_checkpoint(name)
         if checkpoint["tokenizer"]["fingerprint"] != manifest["fingerprint"]:
@@ -63,14 +62,19 @@ def load_trunk(name, manifest):
     return trunk
 
 
+def load_path(path, name):
+    """The weights of the path in a checkpoint of train.py, into this path."""
+    tensors = load_checkpoint(name)["model"]
+    load_state(path, {k[5:]: v for k, v in tensors.items() if k.startswith("path.")}, name)
+
+
 # ------------------------------------------------------------------------------------------------ save
 def save(checkpoint, path, previous=None):
-    """Write whole or not at all: a kill while writing leaves what was there, which then becomes
-    `previous`."""
+    """Write whole or not at all; what was there before becomes `previous`."""
     def write(file):
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as e:                                 # torch's own, after the OSError of a full disk
+        except RuntimeError as e:                             # torch's own, after the OSError of a full disk
             raise e.__context__ if isinstance(e.__context__, OSError) else e
     write_file(f"{path}.new", write)
     if previous and os.path.exists(path):
@@ -184,8 +188,7 @@ def check_same_run(checkpoint, config, manifest, ranks):
 
 # ------------------------------------------------------------------------------------------------ load
 def load_checkpoint(path):
-    """What train.py saved, with the hash of the bytes read as "sha256". Raises UserError where it cannot be
-    read."""
+    """What train.py saved, and its hash as "sha256". Raises UserError where it cannot be read."""
     if not os.path.exists(path):
         config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # config/NAME.py writes to out/NAME
         config = config if os.path.exists(config) else "config/demo_trunk.py, or bash demo.sh"
@@ -207,8 +210,7 @@ def load_checkpoint(path):
 
 
 def read(path):
-    """The dict in the file, and the sha256 of the file: of the bytes that were read, whatever happens to it
-    later."""
+    """The dict in a file, and the sha256 of the bytes that were read."""
     try:
         with open(path, "rb") as file:
             data = file.read()

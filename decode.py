@@ -1,4 +1,5 @@
-""" Texts: Algorithm 1 position after position, with the trunk's key-value cache, for prompts of any lengths
+"""
+Texts: Algorithm 1 position after position, with the trunk's key-value cache, for prompts of any lengths
 at once.
 
 The trunk drafts. In a *round* the trunk writes K tokens by plain decoding. Then Algorithm 1 runs at the K
@@ -23,7 +24,7 @@ from configurator import UserError
 from diffusion import Denoiser, Sampler, Tables, choose, predict
 from model import Context
 
-MOST_POSITIONS = 128    # in a round, of all rows: beyond, a path call is bound by arithmetic
+HALF = 32               # a pass over n positions takes about 1 + n / HALF times one over a single position
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,12 @@ class Rows:
         self.cache = [(k[i], v[i]) for k, v in self.cache]
 
     def grow(self, S):
-        """Room for S positions in the cache, and little more: a CPU reads it faster than one with much to
-        spare."""
+        """Room for S positions in the cache, and hardly more: a CPU reads a small one faster."""
         if S > self.cache[0][0].size(2):
             self.cache = [tuple(F.pad(z, (0, 0, 0, S + 7 - z.size(2))) for z in pair) for pair in self.cache]
 
     def keys(self, ahead, n_columns):
-        """kv, and mask (B, 1, n_columns, S) or None, of queries at the n_columns positions from position +
-        ahead on."""
+        """kv, and mask (B, 1, n_columns, S) or None, of queries at position + ahead and on."""
         S = max(self.positions) + ahead + n_columns
         kv = [(k[:, :, :S], v[:, :, :S]) for k, v in self.cache]
         if n_columns == 1 and min(self.positions) == max(self.positions):  # every row sees all S keys
@@ -165,8 +164,7 @@ def refine(model, rows, draft, tables, config, trace):
 
 
 def accept(rows, draft, y, f, eot):
-    """Write what a round has settled into the rows: y (N,) from refine, up to the first that differs from the
-    draft. Returns how many tokens each row keeps."""
+    """Write what a round has settled into the rows: y (N,), up to the first that differs from the draft."""
     grid = torch.stack([draft.y, draft.y, torch.zeros_like(draft.y)])  # drafted, refined, path calls
     grid[1:, draft.valid] = torch.stack([y, f.nfe])
     drafted, refined, nfe = grid.tolist()                         # one transfer
@@ -185,15 +183,22 @@ def accept(rows, draft, y, f, eot):
         n_kept.append(kept)
     last = torch.tensor(n_kept, device=y.device)[:, None] - 1
     rows.token, rows.h = grid[1].gather(1, last)[:, 0], None
-    return n_kept
 
 
-def next_length(K, n_kept, config):
-    """The length of the next draft: twice as long where all of this one was kept, else about what was
-    kept."""
-    mean = sum(n_kept) / len(n_kept)
-    most = max(1, min(config.draft, MOST_POSITIONS // len(n_kept)))
-    return min(most, 2 * K if mean > 0.9 * K else max(2, round(1.5 * mean)))
+def next_length(out, config):
+    """The length K of the next draft, at most config.draft, by which a token should take the least time.
+
+    out: the Generated of the B rows. Of the tokens so far a share a was as drafted, so a draft of K gives
+    (1 - a^K) / (1 - a) tokens on average. It takes K trunk passes over B positions, and as many path calls
+    over K B positions as a token took so far. Ten tokens are assumed to have come before, nine as drafted.
+    """
+    B, n = len(out), 10 + sum(o.predicted for o in out)
+    differ = (1 + sum(len(o.rejected) for o in out)) / n          # 1 - a
+    calls = (10 * (config.steps - 1) + sum(o.nfe for o in out)) / n
+
+    def time_per_token(K):
+        return (K * (1 + B / HALF) + calls * (1 + K * B / HALF)) * differ / (1 - (1 - differ) ** K)
+    return min(range(1, max(1, config.draft) + 1), key=time_per_token)
 
 
 @torch.no_grad()
@@ -210,14 +215,13 @@ def generate(model, prompts, eot, config, label=None, ids=None, trace=False):
     config = replace(config, max_new_tokens=min(config.max_new_tokens, block_size))
     rows = read_prompts(model, prompts, config, label or [model.no_label] * B, ids or range(B))
     tables = Tables(model) if config.steps > 1 else None
-    out, K = rows.out, min(8, config.draft)
+    out = rows.out
     while rows.out:
-        K = 1 if config.steps == 1 else max(1, min(K, block_size - max(rows.positions)))
+        K = 1 if config.steps == 1 else min(next_length(rows.out, config), block_size - max(rows.positions))
         rows.grow(max(rows.positions) + K)
         draft = write_draft(model, rows, K, eot, config)
         y, f = refine(model, rows, draft, tables, config, trace)
-        n_kept = accept(rows, draft, y, f, eot)
-        K = next_length(K, n_kept, config)
+        accept(rows, draft, y, f, eot)
         going = [i for i, (o, p) in enumerate(zip(rows.out, rows.positions))
                  if not o.ended and o.predicted < config.max_new_tokens and p < block_size]
         if len(going) < len(rows.out):

@@ -14,8 +14,8 @@ from configurator import UserError
 
 
 def pick_device(want):
-    """The torch.device of --device, under torchrun this rank's own GPU. auto: CUDA where it is; a Mac works on
-    its CPU. Raises UserError where there is no CUDA to use."""
+    """The torch.device of --device, under torchrun this rank's own GPU. auto: CUDA where it is; a Mac works
+    on its CPU. Raises UserError where there is no CUDA to use."""
     if want == "cpu" or want == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -32,8 +32,7 @@ def pick_device(want):
 
 
 def pick_dtype(want, device):
-    """The torch.dtype of --dtype. auto: float32 on a CPU, bfloat16 on a GPU, float16 on one that only
-    emulates it."""
+    """The torch.dtype of --dtype. auto: float32 on a CPU; bfloat16 on a GPU, float16 if that is emulated."""
     if want == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -108,6 +107,24 @@ class Ranks:
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def ranks_of(device, remedy):
+    """The Ranks of this process, closed in the end. A user's error is said once a host. So is running out of
+    memory, with this remedy."""
+    ranks = Ranks(device)
+    try:
+        yield ranks
+    except torch.OutOfMemoryError as e:
+        why = str(e).splitlines()[0]
+        raise UserError(f"error: out of memory; {remedy} ({why})") from None
+    except UserError:
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            raise SystemExit(1) from None
+        raise
+    finally:
+        ranks.close()
 
 
 class StopSignals:

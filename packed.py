@@ -1,41 +1,72 @@
 """
-Faster decoding on a CPU: GPT-2's large matrices, repacked for oneDNN.
+Faster decoding on a CPU: GPT-2's large matrices in the memory layout that this machine reads fastest.
 
-A decoding step multiplies a few rows by each matrix. In float32 F.linear leaves that to a BLAS which, on some CPUs, runs such thin products on
-one core; oneDNN, which torch comes with, reads a repacked copy with all of them (docs/LOG.md has both). Same products, rounded in
-another order: bfloat16 already goes this way, and small matrices, which stay in the cache, gain nothing.
+Which one it is depends on the CPU and on the number of rows to multiply (docs/LOG.md), so pack measures, for
+one row and for several. Small matrices stay in the cache and gain nothing.
 """
+import statistics
+import time
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from model import LoRALinear, borrow
 
-LARGE = 1 << 18         # weights: from 512 x 512
+LARGE, SEVERAL = 1 << 18, 8         # weights, from 512 x 512; rows by which the layout for several is chosen
+LAYOUTS = {"rows": lambda W: W,                                          # W (out, in) as nn.Linear has it
+           "columns": lambda W: W.t().contiguous().t(),
+           "packed": lambda W: torch.ops.mkldnn._reorder_linear_weight(W, None)}     # for oneDNN
+
+
+def product(x, W, bias):
+    """W x + bias, for W in any of the layouts."""
+    if W.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return F.linear(x, W, bias)
 
 
 class PackedLinear(nn.Module):
-    """y = W x + b for inference: W (out, in) copied in oneDNN's layout, b (out,) or None."""
-    def __init__(self, weight, bias=None):
+    """y = W x + bias for inference: W (out, in) in two layouts, for one row x and for several."""
+    def __init__(self, W, bias, one_row, several):
         super().__init__()
-        borrow(self, "weight", torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None))
+        borrow(self, "one_row", LAYOUTS[one_row](W))
+        borrow(self, "several", self.one_row if several == one_row else LAYOUTS[several](W))
         borrow(self, "bias", bias)
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return product(x, self.one_row if x.numel() == x.size(-1) else self.several, self.bias)
 
 
+def fastest(matrices, n_rows, repeats=3):
+    """The layout in which n_rows rows times the matrices take the least time, by the median of repeats."""
+    ready = {name: [make(W) for W in matrices] for name, make in LAYOUTS.items()}
+    seconds = {name: [] for name in LAYOUTS}
+    for _ in range(1 + repeats):
+        for name, weights in ready.items():
+            start = time.perf_counter()
+            for W, like in zip(weights, matrices):
+                product(torch.zeros(n_rows, like.size(1)), W, None)
+            seconds[name].append(time.perf_counter() - start)
+    return min(LAYOUTS, key=lambda name: statistics.median(seconds[name][1:]))
+
+
+@torch.no_grad()
 def pack(model):
-    """Repack an L2D pair in place, to decode and no more: it can then not be trained, saved, moved or compiled.
+    """Repack an L2D pair in place, to decode and no more: it can then not be trained, saved, moved, compiled.
 
-    Nothing happens where it would not help: off the CPU, in other dtypes, without oneDNN. The weights that a LoRA is added to stay as they are.
+    Nothing happens off the CPU, in other dtypes, without oneDNN, and to weights that a LoRA is added to.
     """
-    embedding = model.trunk.wte.weight
-    if embedding.device.type != "cpu" or embedding.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    head = model.trunk.wte.weight.detach()
+    if head.device.type != "cpu" or head.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return model
-    for owner in list(model.modules()):
-        for name, child in owner.named_children():
-            if type(child) is nn.Linear and child.weight.numel() >= LARGE and not isinstance(owner, LoRALinear):
-                setattr(owner, name, PackedLinear(child.weight, child.bias))
-    if embedding.numel() >= LARGE:
-        borrow(model.trunk, "lm_head", PackedLinear(embedding))
+    linears = [(owner, name, child.weight.detach(), child.bias) for owner in model.modules()
+               if not isinstance(owner, LoRALinear) for name, child in owner.named_children()
+               if type(child) is nn.Linear and child.weight.numel() >= LARGE]
+    linears += [(model.trunk, "lm_head", head, None)] if head.numel() >= LARGE else []
+    sample = [W for _, _, W, _ in linears[:4] + linears[-1:]]            # a block and the head
+    layouts = [fastest(sample, n_rows) for n_rows in (1, SEVERAL)] if sample else []
+    for owner, name, W, bias in linears:
+        owner._modules.pop(name, None)                                   # lm_head is a method
+        borrow(owner, name, PackedLinear(W, bias, *layouts))
     return model

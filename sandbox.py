@@ -63,21 +63,23 @@ def run(program, seconds=SECONDS):
 def isolate(libc, folder):
     """Leaves the network, the other processes and the writable files; returns what is lacking, a list."""
     uid, gid, flags = os.getuid(), os.getgid(), NEWNS | NEWIPC | NEWPID | NEWNET
+    everything = ["network", "processes of its own", "read-only files"]
     try:
-        if libc.unshare(flags):                                          # without rights: in a user namespace
+        if libc.unshare(flags):                              # without rights: in a user namespace
             if libc.unshare(flags | NEWUSER):
-                return ["network", "processes of its own", "read-only files"]
+                return everything
             maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
             for name, text in maps.items():
                 Path("/proc/self", name).write_text(text)
-        libc.mount(None, b"/", None, REC | PRIVATE, None)                # mounts made here stay here
-        read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)              # struct mount_attr: MOUNT_ATTR_RDONLY
-        if libc.syscall(442, -100, b"/", 0x8000, read_only, 32):       # mount_setattr, AT_FDCWD, AT_RECURSIVE
+        libc.mount(None, b"/", None, REC | PRIVATE, None)    # mounts made here stay here
+        attributes = (ctypes.c_uint64 * 4)(1, 0, 0, 0)       # struct mount_attr: set MOUNT_ATTR_RDONLY
+        if libc.syscall(442, -100, b"/", 0x8000, attributes, 32):        # mount_setattr, AT_RECURSIVE
             return ["read-only files"]
-        if libc.mount(b"tmpfs", folder.encode(), b"tmpfs", NOSUID | NODEV, f"size={DISK},mode=777".encode()):
+        size = f"size={DISK},mode=777".encode()
+        if libc.mount(b"tmpfs", folder.encode(), b"tmpfs", NOSUID | NODEV, size):
             return ["a working directory of limited size"]
-    except (AttributeError, OSError):                              # not Linux; a kernel that refuses half-way
-        return ["network", "processes of its own", "read-only files"]
+    except (AttributeError, OSError):                        # not Linux; a kernel that refuses half-way
+        return everything
     return []
 
 
@@ -85,7 +87,7 @@ def running(uid):
     """How many threads the user has now: the system's limit counts them all."""
     count = 0
     for status in Path("/proc").glob("[0-9]*/status"):
-        with suppress(OSError, KeyError):                                # it may have ended since
+        with suppress(OSError, KeyError):                    # it may have ended since
             fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
             count += int(fields["Threads"]) * (fields["Uid"].split()[0] == str(uid))
     return count
@@ -105,17 +107,17 @@ def give_up_rights(libc):
     """Makes root a user who owns nothing and may only read; takes all capabilities from anybody else."""
     keep = 0
     if os.getuid() == 0:
-        keep, user = DAC_READ_SEARCH, 50000 + os.getpid() % 10000       # Python itself may lie in root's home
-        libc.prctl(8, 1, 0, 0, 0)                                   # PR_SET_KEEPCAPS, over the change of user
-        with suppress(OSError):                                         # a namespace that knows no other user
+        keep, user = DAC_READ_SEARCH, 50000 + os.getpid() % 10000        # Python may lie in root's home
+        libc.prctl(8, 1, 0, 0, 0)                            # PR_SET_KEEPCAPS, over the change of user
+        with suppress(OSError):                              # a namespace that knows no other user
             os.setgroups([])
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
-    for caps in (keep, 0):                                           # capset, version 3: effective, permitted
+    for caps in (keep, 0):                                   # capset, version 3: effective, permitted
         if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(caps, caps)) == 0:
             break
-    libc.prctl(38, 1, 0, 0, 0)                                           # PR_SET_NO_NEW_PRIVS: no sudo
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)                        # PR_SET_PDEATHSIG: never outlive the parent
+    libc.prctl(38, 1, 0, 0, 0)                               # PR_SET_NO_NEW_PRIVS: no sudo
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)                   # PR_SET_PDEATHSIG: never outlive the parent
 
 
 def main():
@@ -125,12 +127,12 @@ def main():
     if os.getuid() == 0:
         os.chmod(folder, 0o777)
     child = os.fork()
-    if child:                                                     # what follows the fork is the third process
+    if child:                                                # what follows the fork is the third process
         signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
         signal.setitimer(signal.ITIMER_REAL, seconds)
         os.waitpid(child, 0)
         return
-    os.chdir(folder)                                                     # the new file system over it
+    os.chdir(folder)                                         # the new file system over it
     result, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
@@ -142,7 +144,7 @@ def main():
     os.write(result, b"compiled\n")
     exec(code, {"__name__": "program"})
     os.write(result, f"{secret}\n".encode())
-    os._exit(0)                                                   # its threads and exit handlers do not count
+    os._exit(0)                                              # its threads and exit handlers do not count
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 r"""
 What a task is: where its problems come from, how prompt and answer are written, how an output is scored.
 
-A task is one entry of TASKS, at the end of this file; nothing elsewhere knows a task by its name. To add one:
-a function load(options, folder) that returns ({split: [Problem]}, {file: sha256}), a function
-read(problem, text) that returns the answer in a text, strictly and flexibly read, and the entry.
-
-Most prompts are "Question: {}\nAnswer:", GSM8K's; the answer follows after a space.
+A task is one entry of TASKS, at the end of this file; nothing elsewhere knows a task by its name. To add one,
+write a function that makes a Problem of a line of its file, choose the reader of its answers in scoring.py,
+and write the entry. Most prompts are "Question: {}\nAnswer:", GSM8K's; the answer follows after a space.
 """
 import csv
 import gzip
@@ -17,18 +15,17 @@ import os
 import random
 import re
 import tarfile
-import unicodedata
 import zlib
-from collections import Counter
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
 
 import sandbox
+import scoring
 from arithmetic import STYLES, bucket, in_style, mix_problem, styled, task_problem
 from configurator import UserError
 from files import download, file_sha256
+from scoring import boxed, cut, majority, normalise
 from tokens import PROMPT
 
 GROUPS = ("math", "code", "knowledge")
@@ -53,119 +50,7 @@ class Score(NamedTuple):
     well_formed: bool                # there is an answer to be read
 
 
-def few_shot(problem, examples, k):
-    """The problem's prompt after k worked examples, Problems, of its subject if there are any."""
-    others = [e for e in examples if e.prompt != problem.prompt]
-    of_subject = [e for e in others if problem.subject and e.subject == problem.subject]
-    return "".join(f"{e.prompt}{e.answer}\n\n" for e in (of_subject or others)[:k]) + problem.prompt
-
-
 # ---------------------------------------------------------------------------------- scoring
-def number(text):
-    """The number that text spells, such as -1,234.50, or None."""
-    try:
-        return Fraction(text.replace(",", "").replace("\u2212", "-").rstrip("."))
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def strict_answer(text):
-    """The number after the first "#### ", as the GSM8K authors read it."""
-    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    return number(match[1]) if match else None
-
-
-def flexible_answer(text):
-    """The number after the first ####, allowing $, spaces, U+2212, a fraction; else the last number."""
-    pattern = r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
-    after = re.search(r"####[\s$]*([-\u2212]?)[\s$]*(" + pattern + ")", text)
-    if after:
-        return number(after[1] + after[2])
-    numbers = re.findall(pattern, text)
-    return number(numbers[-1]) if numbers else None
-
-
-def read_number(problem, text):
-    return strict_answer(text), flexible_answer(text)
-
-
-def read_text(problem, text):
-    """The number after #### where the true answer has one, else the whole text but for case and spacing."""
-    if "####" in problem.answer:
-        return read_number(problem, text)
-    words = " ".join(unicodedata.normalize("NFC", text).casefold().split()).strip(" .,;:!?\"'") or None
-    return words, words
-
-
-def read_letter(problem, text):
-    """The letter with which the text begins; flexibly, the first that stands alone."""
-    letters = "[" + "".join(choice.strip() for choice in problem.choices) + "]"
-    strict = re.match(rf"\s*({letters})(?![\w'])", text)
-    flexible = strict or re.search(rf"answer is:?\s*\(?({letters})\b", text) or \
-        re.search(rf"(?<![\w'])({letters})(?![\w'])", text)
-    return strict and strict[1], flexible and flexible[1]
-
-
-def read_boxed(problem, text):
-    r"""The formula in the last \boxed{}; else, flexibly, the last between dollars or the last number."""
-    box = boxed(text)
-    loose = re.findall(r"\$([^$]+)\$|(-?\d[\d,]*(?:\.\d+)?)", text) if box is None else None
-    strict = normalise(box) if box is not None else None
-    return strict or None, strict or (normalise("".join(loose[-1])) if loose else None) or None
-
-
-def boxed(text):
-    r"""What stands in the last \boxed{...} of a text, its braces counted; None without one that is closed."""
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start < 0:
-        return None
-    start, depth = text.index("{", start) + 1, 1
-    for i in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start:i]
-    return None
-
-
-SPELLINGS = [                        # (pattern, replacement), applied one after the other
-    (r"(?<!\\)\\[!,;: ]|~|\\(left|right|displaystyle)(?![a-zA-Z])|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°", " "),
-    (r"\{,\}", ","), (r"\\[dtc]frac", r"\\frac"), (r"\\(mbox|text[a-z]*|math(rm|bf))\s*\{", r"\\text{"),
-    (r"(?<=[^\s]) *\\text\{[^{}]*\}(\^\{?\d\}?)?[ .]*$", ""),           # a unit, such as \text{ cm}^2
-    (r"(?<=\d) +[a-z]{2,}( [a-z]+)*[ .]*$", ""),                        # a unit without \text
-    (r"\\text\{([^{}]*)\}", r"\1"), (r"(?<=,) +(?=\d{3})", ""), (r"\s+", ""), (r"\.$", ""),
-    (r"^[a-zA-Z](=|\\in(?![a-z]))", ""), (r"^\(([A-Z])\)$", r"\1"),     # x=5; the letter of a choice
-    (r"\\(frac|sqrt)(\w)", r"\\\1{\2}"), (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})(\w)", r"\1{\2}"),
-    (r"(\d+)/(\d+)", r"\\frac{\1}{\2}"), (r"\\frac\{-(\w+)\}", r"-\\frac{\1}"), (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"^(-?\d{1,3}(?:,\d{3})+(?:\.\d+)?)$", lambda m: m[1].replace(",", "")),
-    (r"(?<![\d.])\.(?=\d)", "0."), (r"(?<![\d.])0+(?=\d)", ""),       # 007, .5
-    (r"(\.\d*?)0+(?!\d)", r"\1"), (r"\.(?!\d)", ""),                  # 18.90, 3.00
-    (r"^(-?)(\d+\.\d+)$", lambda m: m[1] + "\\frac{%d}{%d}" % Fraction(m[2]).as_integer_ratio()),
-]
-
-
-def normalise(formula):
-    r"""One spelling of a formula for its many: 1/2, .5, 0.50, \frac12, \frac{1}{2}\text{ cm}, ..."""
-    for pattern, replacement in SPELLINGS:
-        formula = re.sub(pattern, replacement, formula)
-    return formula
-
-
-def read_code(program):
-    """A reader of code: what is compared is whether program(problem, text) passes the problem's test."""
-    return lambda problem, text: (program(problem, text) + "\n" + problem.test,) * 2
-
-
-def cut(text, stops):
-    """The text up to the first of the stops: what a model writes behind its answer does not count."""
-    return text[:min((i for i in map(text.find, stops) if i >= 0), default=len(text))]
-
-
-def majority(answers):
-    """The most frequent of the answers that are not None, the first of several; None if there is none."""
-    counts = Counter(answer for answer in answers if answer is not None)
-    return max(counts, key=counts.get, default=None)         # a Counter keeps the order of arrival
-
-
 def vote(problem, outputs, run_code=False):
     """
     (output, Score) of the majority of k outputs, each a whole text without <|endoftext|>.
@@ -179,7 +64,8 @@ def vote(problem, outputs, run_code=False):
     chosen, loose = majority(strict), majority(flexible)
     first = strict.index(chosen)
     if problem.test:
-        assert run_code, "allow_code comes first"
+        if not run_code:
+            raise ValueError("allow_code comes first")
         compiled, passed, _ = sandbox.run(chosen)
         return outputs[first], Score(passed, passed, compiled)
     want = task.read(problem, problem.answer)[0]
@@ -223,6 +109,13 @@ def check_gold(problem):
     if not whole or strict is None or strict != flexible:
         raise UserError(f"error: {problem.where}: scoring cannot read the whole answer, which ends in "
                         f"{text[-40:]!r}; expected {task.expects}")
+
+
+def few_shot(problem, examples, k):
+    """The problem's prompt after k worked examples, Problems, of its subject if there are any."""
+    others = [e for e in examples if e.prompt != problem.prompt]
+    of_subject = [e for e in others if problem.subject and e.subject == problem.subject]
+    return "".join(f"{e.prompt}{e.answer}\n\n" for e in (of_subject or others)[:k]) + problem.prompt
 
 
 # ---------------------------------------------------------------------------------- where problems come from
@@ -324,9 +217,17 @@ def texts(row, where, *keys):
     return [row[key].replace("\r\n", "\n") for key in keys]
 
 
+def is_texts(value):
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def source_of(options, folder):
+    return Path(os.path.expanduser(options.source)) if options.source else folder
+
+
 def obtain(options, folder, sources, file, url="", size=None, sha256=None, lone=False):
     """The path of a source file, in --source (lone: or just that) or downloaded; its hash goes to sources."""
-    path = Path(os.path.expanduser(options.source)) if options.source else folder
+    path = source_of(options, folder)
     path = path if lone and path.is_file() else path / file
     if not options.source:
         if not url.startswith("https:"):
@@ -351,7 +252,7 @@ def from_lines(make, files, optional=()):
     def load(options, folder):
         splits, sources = {}, {}
         for split, (file, *known) in files.items():
-            if split in optional and not (options.source and Path(options.source, file).exists()):
+            if split in optional and not (source_of(options, folder) / file).exists():
                 continue
             path = obtain(options, folder, sources, file, *known, lone=len(files) == 1 + len(optional))
             found = [make(row, where, options) for row, where in rows(path)]
@@ -374,7 +275,8 @@ def hold_out(splits, n):
     if not 1 <= n < len(train):
         raise UserError(f"error: --val={n} problems cannot be held out from {len(train)}; at least {n + 1} "
                         f"are needed, or --val=N with N from 1 to {len(train) - 1}")
-    return splits | {"train": train[n:], "val": train[:n]}
+    others = {split: problems for split, problems in splits.items() if split not in ("train", "val")}
+    return {"train": train[n:], "val": train[:n], **others}
 
 
 def gsm8k(row, where, options):
@@ -382,7 +284,7 @@ def gsm8k(row, where, options):
     return "", worked("gsm8k", question, answer, steps(answer.strip(), 8), where, options)
 
 
-def jsonl(row, where, options):
+def jsonl(row, where, options):                              # a user's own
     question, answer = texts(row, where, "question", "answer")
     label = texts(row, where, "label")[0].strip() if "label" in row else "all"
     return "", worked("jsonl", question, answer, label, where, options)
@@ -405,12 +307,12 @@ def humaneval(row, where, options):
 
 def mbpp(row, where, options):
     question, code = (text.strip() for text in texts(row, where, "text", "code"))
-    tests, number = row.get("test_list"), row.get("task_id")
-    if type(number) is not int or not isinstance(tests, list) or not all(isinstance(t, str) for t in tests):
+    tests, number, setup = row.get("test_list"), row.get("task_id"), row.get("test_setup_code")
+    if not is_texts(tests) or not is_texts([setup or ""]) or type(number) is not int:
         raise UserError(f"error: {where} needs a list of texts test_list and a number task_id")
     split = "dev" if number <= 10 else "test" if number <= 510 else "val" if number <= 600 else "train"
     prompt = PROMPT.format("\n".join([question, *tests]))
-    test = "\n".join([row.get("test_setup_code") or "", *tests])
+    test = "\n".join([setup or "", *tests])
     return split, Problem(prompt, f"\n{code}", "mbpp", "code", test=test, where=where)
 
 
@@ -428,14 +330,14 @@ def multiple_choice(name, question, options, letter, subject, where):
 def mmlu_pro(row, where, options):
     question, letter, subject = texts(row, where, "question", "answer", "category")
     given = row.get("options")
-    if not isinstance(given, list) or not all(isinstance(option, str) for option in given):
+    if not is_texts(given):
         raise UserError(f"error: {where} has no list of texts options")
     return "", multiple_choice("mmlu_pro", question, given, letter, subject, where)
 
 
 def load_mmlu(options, folder):
     """MMLU's tables, from the folders dev, val, test of --source or from data.tar."""
-    source, sources, splits = Path(os.path.expanduser(options.source)), {}, {}
+    source, sources, splits = source_of(options, folder), {}, {}
     if options.source and source.is_dir() and not (source / "data.tar").exists():
         tables = [(str(path), path.read_bytes()) for path in sorted(source.glob("*/*.csv"))]
         sources["tables"] = hashlib.sha256(b"".join(data for _, data in tables)).hexdigest()
@@ -458,8 +360,8 @@ def load_mmlu(options, folder):
             except (csv.Error, ValueError) as e:             # a row of one cell, bytes that are no text
                 raise UserError(f"error: {name} is not a table of MMLU: {e}") from None
     if "test" not in splits:
-        raise UserError(f"error: no test/<subject>_test.csv in {options.source or folder}; expected MMLU's "
-                        "folders dev, val and test")
+        raise UserError(f"error: no test/<subject>_test.csv in {source}; expected MMLU's folders dev, val "
+                        "and test")
     return splits, sources
 
 
@@ -479,11 +381,15 @@ def load_mix(options, folder):
             own = hold_out(own, len(own["train"]) // 10)
         for split in parts:
             parts[split] += [p._replace(label=task.group) for p in own[split]]
-    random.Random(SEED).shuffle(parts["train"])
+    for problems in parts.values():
+        random.Random(SEED).shuffle(problems)                # --subset and --limit take some of each
     return parts, sources
 
 
 # ---------------------------------------------------------------------------------- the tasks
+NUMBER = '"#### " and a plain number, such as #### 1,234.5'
+
+
 class Task(NamedTuple):
     load: Callable                   # (options, folder for downloads) -> ({split: [Problem]}, {file: sha256})
     read: Callable                   # (problem, text) -> (strict, flexible) answer, None where there is none
@@ -494,7 +400,8 @@ class Task(NamedTuple):
     prompt: str = PROMPT             # a user's own question becomes a prompt by this
     shots: str = ""                  # the split whose problems are worked examples; "": there is none
     stops: tuple = ("\nQuestion:",)  # an output ends before the first of these
-    expects: str = '"#### " and a plain number, such as #### 1,234.5'    # of a true answer
+    expects: str = NUMBER            # of a true answer, for the message where it is another
+    counts: dict = {}                # problems of the original's splits, where its hash is not known to all
     well_formed: Callable = lambda problem, text: True       # of a text that has an answer: its form is right
 
 
@@ -522,21 +429,26 @@ MBPP_FILES = {"all": ("mbpp.jsonl", "https://raw.githubusercontent.com/google-re
                       "master/mbpp/mbpp.jsonl")}
 
 TASKS = {
-    "arithmetic": Task(generated("arithmetic"), read_number, Generated, labels=step_names(4),
-                       tokenizer="arithmetic", shots="train"),
-    "styles": Task(generated("styles", styled), read_number, Generated, labels=STYLES,
-                   tokenizer="arithmetic", shots="train",
+    "arithmetic": Task(generated("arithmetic"), scoring.read_number, Generated,
+                       labels=step_names(4), tokenizer="arithmetic", shots="train"),
+    "styles": Task(generated("styles", styled), scoring.read_number, Generated,
+                   labels=STYLES, tokenizer="arithmetic", shots="train",
                    well_formed=lambda problem, text: in_style(problem.label, text)),
-    "gsm8k": Task(from_lines(gsm8k, GSM8K_FILES), read_number, HeldOut, "math", step_names(8), shots="train"),
-    "jsonl": Task(from_lines(jsonl, JSONL_FILES, ["test"]), read_text, HeldOut, labels=(), shots="train",
-                  expects='words, or "#### " and a plain number, such as #### 1,234.5'),
-    "math": Task(from_lines(competition, MATH_FILES, ["train"]), read_boxed, HeldOut, "math", shots="train",
-                 expects=r"a formula in \boxed{}"),
-    "mmlu": Task(load_mmlu, read_letter, Files, "knowledge", shots="dev"),
-    "mmlu_pro": Task(from_lines(mmlu_pro, PRO_FILES), read_letter, Files, "knowledge", shots="val"),
-    "humaneval": Task(from_lines(humaneval, HUMANEVAL_FILES), read_code(lambda p, text: p.prompt + text),
-                      Files, "code", prompt="{}", stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
-    "mbpp": Task(from_lines(mbpp, MBPP_FILES), read_code(lambda p, text: text), Files, "code",
-                 shots="dev", stops=("\nQuestion:", "\nassert")),
-    "mix": Task(load_mix, read_number, Mix),
+    "gsm8k": Task(from_lines(gsm8k, GSM8K_FILES), scoring.read_number, HeldOut,
+                  group="math", labels=step_names(8), shots="train"),
+    "jsonl": Task(from_lines(jsonl, JSONL_FILES, ["test"]), scoring.read_text, HeldOut,
+                  labels=(), shots="train", expects=f"words, or {NUMBER}"),
+    "math": Task(from_lines(competition, MATH_FILES, ["train"]), scoring.read_boxed, HeldOut,
+                 group="math", shots="train", expects=r"a formula in \boxed{}"),
+    "mmlu": Task(load_mmlu, scoring.read_letter, group="knowledge", shots="dev",
+                 counts={"dev": 285, "val": 1531, "test": 14042}),
+    "mmlu_pro": Task(from_lines(mmlu_pro, PRO_FILES), scoring.read_letter, group="knowledge", shots="val",
+                     counts={"val": 70, "test": 12032}),
+    "humaneval": Task(from_lines(humaneval, HUMANEVAL_FILES),
+                      scoring.read_code(lambda problem, text: problem.prompt + text), group="code",
+                      prompt="{}", stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
+    "mbpp": Task(from_lines(mbpp, MBPP_FILES), scoring.read_code(lambda problem, text: text), group="code",
+                 shots="dev", stops=("\nQuestion:", "\nassert"),
+                 counts={"dev": 10, "test": 500, "val": 90, "train": 374}),
+    "mix": Task(load_mix, scoring.read_number, Mix),
 }

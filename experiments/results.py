@@ -8,9 +8,9 @@ Many runs of evaluate.py over training seeds, as tables and one figure. Run it w
 
 A group is one condition over its training seeds: out/demo_l2d, out/demo_l2d_s1, out/demo_l2d_s2 are seeds
 0, 1, 2 of demo_l2d; what evaluate.py was told beside its defaults follows, as in demo_l2d:temperature=1.0.
-Means and standard deviations (n - 1) are over seeds. McNemar's test has one pair for each problem: gained where more
-seeds are right than at the T compared with, lost where fewer are. The seeds share problems, and at T = 1 a
-trunk, so that counting each seed's pairs by themselves would count the same evidence several times.
+Means and standard deviations (n - 1) are over seeds. McNemar's test has one pair for each problem: gained
+where more seeds are right than at the T compared with, lost where fewer are. The seeds share problems, and at
+T = 1 a trunk, so that counting each seed's pairs by themselves would count the same evidence several times.
 """
 import glob
 import json
@@ -47,7 +47,7 @@ class Config:
     def __post_init__(self):
         if bool(self.draw) != bool(self.show or self.lines):
             raise UserError(f"error: draw={self.draw!r}, show={self.show!r}, lines={self.lines!r}, but a "
-                            "figure needs data and groups: --draw=experiments/results_test.json --show=GROUP,GROUP")
+                            "figure needs both: --draw=experiments/results_test.json --show=GROUP,GROUP")
 
 
 # --------------------------------------------------------------------------------------------- reading

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_diffusion import SETTINGS, SOLVERS
 
 import decode
-from decode import MOST_POSITIONS, Decoding, generate, next_length, row_noise
+from decode import HALF, Decoding, generate, next_length, row_noise
 from model import L2D, GPTConfig
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3], [1, 2, 3, 4]]
@@ -125,11 +125,10 @@ def test_a_ragged_batch_is_each_row_alone(model, setting, draft):
     assert generate(model, PROMPTS, EOT, config, LABELS, [9, 8, 7, 6, 5]) != together
 
 
-def test_more_rows_than_a_round_has_positions_are_still_each_row_alone(model):
+def test_many_rows_are_each_row_alone(model):
     prompts = [[i % 29, (7 * i) % 29] for i in range(150)]
     config = Decoding(steps=4, max_new_tokens=4, draft=8)
     together = generate(model, prompts, EOT, config)
-    assert len(together) > MOST_POSITIONS
     for i in (0, 77, 149):
         assert text_of(generate(model, [prompts[i]], EOT, config, ids=[i])[0]) == text_of(together[i])
 
@@ -172,12 +171,30 @@ def test_a_rejected_draft_costs_what_was_computed_behind_it(model):
     assert output.rounds == len(lengths) < 15
 
 
-def test_the_next_draft_is_longer_where_all_was_kept_and_short_where_little_was():
+def written(rows, tokens, rejected, calls=15):
+    """What next_length looks at, of `rows` rows."""
+    return [decode.Generated(predicted=tokens, nfe=calls * tokens, rejected=list(range(rejected)))] * rows
+
+
+def test_the_next_draft_has_the_length_of_the_least_expected_time():
+    """The expectation by enumerating where a draft's first rejected token lies, for a share of 0.8."""
+    def time_per_token(K):
+        share = [0.2 * 0.8 ** j for j in range(K)] + [0.8 ** K]                   # rejected at j, or not at all
+        kept = sum(p * min(j + 1, K) for j, p in enumerate(share))
+        return (K * (1 + 1 / HALF) + 15 * (1 + K / HALF)) / kept
+    n = 10 ** 4                                                                   # the ten assumed vanish
+    assert next_length(written(1, n, n // 5), Decoding()) == min(range(1, 17), key=time_per_token)
+
+
+def test_drafts_are_longer_where_more_was_kept_and_shorter_where_positions_or_trunk_passes_are_dear():
     config = Decoding(draft=16)
-    assert next_length(4, [4], config) == 8 and next_length(16, [16, 16], config) == 16
-    assert next_length(16, [1], config) == 2 and next_length(8, [4], config) == 6
-    assert next_length(8, [8] * 64, config) == MOST_POSITIONS // 64 and next_length(8, [8] * 999, config) == 1
-    assert next_length(8, [8], Decoding(draft=0)) == next_length(8, [8], Decoding(draft=1)) == 1
+    assert next_length(written(1, 0, 0), config) > 4                              # nothing known yet
+    good, bad = next_length(written(1, 100, 1), config), next_length(written(1, 100, 60), config)
+    assert 1 < bad < good == 16
+    assert next_length(written(64, 100, 40), config) == 1                         # arithmetic binds: drafts only waste
+    assert next_length(written(1, 100, 8, calls=1), config) < next_length(written(1, 100, 8), config)
+    for draft in (0, 1):
+        assert next_length(written(2, 9, 0), Decoding(draft=draft)) == 1
 
 
 def test_plain_decoding_drafts_nothing(model):

@@ -1,13 +1,15 @@
-"""evaluate.py: scoring, statistics and bookkeeping, each against its definition."""
+"""evaluate.py and exam.py: answers, likelihoods and bookkeeping, each against an independent computation."""
 import hashlib
-import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
-from decimal import Decimal
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,390 +18,412 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-import sample
+import exam
+import prepare_data
+from checkpoint import load, load_checkpoint
 from configurator import UserError
-from evaluate import flexible_answer, majority, mcnemar, sign_test, strict_answer, vote, wilson
-from model import load_checkpoint
-from prepare_data import load_split
-from test_train import arithmetic, child, encoding, l2d, trunk, wild  # noqa: F401  (fixtures)
+from decode import Decoding, Generated
+from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
+from prepare_data import load_manifest, load_split
+from report import wilson
+from tasks import Problem, few_shot, score
+from tokens import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+LETTERS = " A", " B", " C", " D"
 
 
-# ------------------------------------------------------------------------------------------------- scoring
-def score(output, gold):
-    """(strict, flexible, well-formed) of a single output."""
-    return vote([output], gold)[1:]
+# -------------------------------------------------------------------------------------- what is evaluated
+def made_up(folder, problems, **manifest):
+    """Prepared data of other problems, {split: [Problem]}, by the tiny tokenizer."""
+    encoding, counts = load_tokenizer("arithmetic"), {}
+    names = list(dict.fromkeys(p.label for each in problems.values() for p in each))
+    folder.mkdir()
+    for split, each in problems.items():
+        arrays, _, kept = prepare_data.encode_split(encoding, split, each, names, False)
+        np.savez(folder / f"{split}.npz", **arrays)
+        rows = ({k: v for k, v in p._asdict().items() if k != "where"} for p in kept)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        counts[split] = len(kept)
+    known = dict(task="?", tokenizer="arithmetic", fingerprint=prepare_data.fingerprint(encoding),
+                 prompt="{}", n_vocab=encoding.n_vocab, eot=encoding.eot_token, shots="", counts=counts,
+                 max_tokens=1, n_labels=len(names), label_names=names)
+    (folder / "manifest.json").write_text(json.dumps(known | manifest))
+    return folder
 
 
-@pytest.mark.parametrize("output, gold, strict, flexible, well_formed", [
-    (" 9+9 = 18.\n#### 18", "#### 18", True, True, True),
-    ("#### 18.", "#### 18", True, True, True),
-    ("#### 18. ", "#### 18", True, True, True),
-    ("#### $18", "#### 18", False, True, False),
-    ("####18", "#### 18", False, True, False),
-    ("####  18", "#### 18", False, True, False),
-    ("#### 18 apples, not 7", "#### 18", True, True, True),
-    ("#### 1,234", "#### 1234", True, True, True),
-    ("#### 1234", "#### 1,234", True, True, True),
-    ("#### 1,234.50", "#### 1234.5", True, True, True),
-    ("#### -3", "#### -3", True, True, True),
-    ("#### -3", "#### 3", False, False, True),
-    ("#### \u22123", "#### -3", False, True, False),
-    ("#### -$3", "#### -3", False, True, False),
-    ("#### $-3", "#### -3", False, True, False),
-    ("#### 18.00", "#### 18", True, True, True),
-    ("#### 18.01", "#### 18", False, False, True),
-    ("#### 180", "#### 18", False, False, True),
-    ("#### 0", "#### 0", True, True, True),
-    ("#### 3/4", "#### 3", True, False, True),                    # the authors' pattern stops at the slash
-    ("#### 3/4", "#### 4", False, False, True),
-    ("#### 3/0", "#### 3", True, False, True),
-    ("The answer is 18", "#### 18", False, True, False),
-    ("18 apples and 3 pears.", "#### 18", False, False, False),
-    ("18 apples and 3 pears.", "#### 3", False, True, False),
-    ("no number at all", "#### 18", False, False, False),
-    ("#### 7\nQuestion: 9+9?\nAnswer: 18\n#### 18", "#### 18", False, False, True),    # run-on text does not count
-    ("#### 18\nQuestion: 3+4?\nAnswer: 7\n#### 7", "#### 18", True, True, True),
-    ("7\nQuestion: 9+9?\nAnswer: 18\n#### 18", "#### 18", False, False, False),
-    ("#### 7\n#### 18", "#### 18", False, False, True),                               # the first counts
-    ("####\n#### 18", "#### 18", True, True, True),
-    ("#### .", "#### 18", False, False, False),
-    ("#### ,", "#### 18", False, False, False),
-    ("#### 1.2.3", "#### 1", False, False, False),
-    ("####", "#### 18", False, False, False),
-    ("", "#### 18", False, False, False),
-    ("", "#### 0", False, False, False),
-])
-def test_score(output, gold, strict, flexible, well_formed):
-    assert score(output, " some steps\n" + gold) == (strict, flexible, well_formed)
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """40 problems with four choices, 20 in law, 15 in art, 5 in math; and worked examples."""
+    def problem(i):
+        subject = "law" if i < 20 else "art" if i < 35 else "math"
+        lines = "\n".join(f"{letter}. {3 * i + j}" for j, letter in enumerate("ABCD"))
+        question = f"How many {'books ' * (i % 7)}are {i}?\n{lines}"
+        prompt, answer = f"Question: {question}\nAnswer:", LETTERS[i * i % 4]
+        return Problem(prompt, answer, "mmlu", "knowledge", subject, LETTERS)
+    splits = {"val": [problem(i) for i in range(40)], "dev": [problem(i) for i in (47, 53, 59)]}
+    return made_up(tmp_path_factory.mktemp("evaluated") / "questions", splits, shots="dev",
+                   prompt="Question: {}\nAnswer:")
 
 
-@pytest.mark.parametrize("answers, chosen", [
-    ([], None), ([None], None), ([None, None], None), ([7], 7), ([None, 7], 7), ([None, None, 7], 7), ([7, None, None, None], 7),
-    ([1, 2, 2], 2), ([2, 1, 2], 2), ([1, 2], 1), ([2, 1], 2), ([3, 1, 1, 2, 2], 1), ([3, 2, 1, 1, 2], 2), ([None, 0, 5, 0], 0),
-    ([0, 5], 0), ([1, None, 2, None, 2], 2),
-])
-def test_majority(answers, chosen):
-    """The most frequent number; of equally frequent ones the first; nothing is no answer, zero is one."""
-    assert majority(answers) == chosen and majority(iter(answers)) == chosen
+def random_pair(folder, manifest, positions=128, louder=1.0, with_path=True):
+    """out_dir of a random pair: a talkative trunk, and a path that changes its mind at every step."""
+    generator = torch.Generator().manual_seed(0)
+    trunk = GPT(GPTConfig(positions, manifest["n_vocab"], 2, 2, 32))
+    path_config = PathConfig(x_dim=16, t_dim=32, sigma=4.0)
+    model = L2D(trunk, DiffusionPath(trunk, path_config, manifest["n_labels"]) if with_path else None)
+    tensors = {}
+    for name, w in model.state_dict().items():
+        std = {"trunk.wte.weight": 0.4, "path.w.2.weight": 0.02 * louder}.get(name, 0.3)
+        tensors[name] = std * torch.randn(w.shape, generator=generator) if w.dim() == 2 else w
+    folder.mkdir()
+    torch.save({"trunk_config": vars(trunk.config), "trunk_lora": None, "trunk_sha256": None,
+                "path_config": vars(path_config) if with_path else None, "n_labels": model.no_label,
+                "model": tensors, "config": {"data_dir": "data/arithmetic"}, "data": manifest, "step": 1,
+                "tokenizer": {"name": manifest["tokenizer"], "fingerprint": manifest["fingerprint"]}},
+               folder / "best.pt")
+    return folder
 
 
-@pytest.mark.parametrize("outputs, chosen, strict, flexible, well_formed", [
-    (["a #### 7", "b #### 18", "c #### 18"], 1, True, True, True),                    # its first sample is the text
-    (["a #### 18", "b #### 7"], 0, True, True, True),                                 # a tie: the first
-    (["a #### 7", "b #### 18"], 0, False, False, True),
-    (["none", "b #### 18", "none"], 1, True, True, True),
-    (["none", "nothing"], 0, False, False, False),
-    (["", ""], 0, False, False, False),
-    (["18", "so 18", "#### 7"], 2, False, True, True),                                # strict and flexible vote apart
-    (["18", "#### 7", "#### 7"], 1, False, False, True),
-    (["7", "7", "#### 18"], 2, True, False, True),
-    (["a #### 1,234", "b #### 18", "c #### 18.00"], 1, True, True, True),             # numbers are compared, not how they are written
-    (["a #### 7\nQuestion: #### 18", "b #### 18", "c #### 7"], 0, False, False, True),
-    (["7\nQuestion: 9+9?\n#### 18", "#### 18"], 1, True, False, True),                # flexible: 7 and 18, the first counts
-])
-def test_vote(outputs, chosen, strict, flexible, well_formed):
-    assert vote(outputs, " some steps\n#### 18") == (outputs[chosen], strict, flexible, well_formed)
-
-
-def test_a_gold_answer_without_a_number_is_never_met():
-    """nothing equals nothing, so an empty output is flexibly right where gold has no strict number."""
-    assert score("", "#### $18")[:2] == (False, False)
-    assert score("no idea", "#### unknown")[:2] == (False, False)
-
-
-def test_strict_is_the_authors_scoring():
-    """On every short text of these signs: the pattern and the cleaning of grade_school_math/dataset.py, read as decimals."""
-    for n in range(5):
-        for text in map("".join, itertools.product("-1,.$", repeat=n)):
-            match = re.compile(r"#### (\-?[0-9\.\,]+)").search(f"#### {text} x")
-            theirs = match[1].strip().replace(",", "").rstrip(".") if match else ""
-            want = Decimal(theirs) if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", theirs) else None
-            assert strict_answer(f"#### {text} x") == want, text
-
-
-def test_every_gold_answer_scores_itself(arithmetic):
-    for problem in load_split(arithmetic, "test").problems:
-        assert score(" " + problem.answer, problem.answer) == (True, True, True)
-        want = int(problem.answer.split("#### ")[1])
-        assert strict_answer(problem.answer) == flexible_answer(problem.answer) == want
-        assert score(problem.answer.replace(f"#### {want}", f"#### {want + 1}"), problem.answer) == (False, False, True)
-
-
-def test_gsm8k_answers_score_themselves():
-    path = ROOT.parent / "shared/gsm8k/test.jsonl"
-    if not path.exists():
-        pytest.skip("needs ../shared/gsm8k")
-    for line in path.read_text().splitlines():
-        answer = json.loads(line)["answer"]
-        assert score(answer, answer) == (True, True, True)
-        assert strict_answer(answer) == int(answer.split("#### ")[1].replace(",", ""))
-
-
-# ---------------------------------------------------------------------------------------------- statistics
-@pytest.mark.parametrize("k, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)])
-def test_wilson_as_published(k, n, low, high):
-    """Newcombe 1998, Table I, method 3."""
-    assert wilson(k, n) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_wilson_holds_its_share():
-    for n in range(1, 600):
-        for k in (0, n):
-            assert wilson(k, n)[0] <= k / n <= wilson(k, n)[1]            # rounding included: an error bar has no negative length
-
-
-def test_wilson_by_definition():
-    """The shares p for which k of n lies within z standard errors of p, found by bisection."""
-    for n in (1, 2, 7, 40, 1319):
-        for k in {0, 1, n // 3, n - 1, n}:
-            far = lambda p: abs(k / n - p) - 1.96 * math.sqrt(p * (1 - p) / n)
-            ends = []
-            for outside, inside in ((0.0, k / n), (1.0, k / n)):
-                if k in (0, n) and outside == inside:
-                    ends.append(inside)
-                    continue
-                for _ in range(200):
-                    middle = (outside + inside) / 2
-                    outside, inside = (middle, inside) if far(middle) > 0 else (outside, middle)
-                ends.append(inside)
-            assert wilson(k, n) == pytest.approx(ends, abs=1e-9), (k, n)
-
-
-def test_mcnemar_by_enumeration():
-    """Of all ways in which the differing pairs could have fallen, the share that is at least as uneven."""
-    for gained in range(7):
-        for lost in range(7):
-            n = gained + lost
-            falls = [sum(fall) for fall in itertools.product((0, 1), repeat=n)]
-            want = sum(abs(2 * f - n) >= abs(gained - lost) for f in falls) / len(falls)
-            a = [False] * gained + [True] * lost + [True, False] * 5
-            b = [True] * gained + [False] * lost + [True, False] * 5
-            assert mcnemar(a, b) == (gained, lost, pytest.approx(want)) and sign_test(gained, lost) == pytest.approx(want)
-    assert mcnemar([True] * 10 + [False] * 2, [False] * 9 + [True] * 3)[2] == pytest.approx(2 * (1 + 11 + 55) / 2 ** 11)
-    assert mcnemar([False] * 1319, [True] * 1319)[2] < 1e-300
-
-
-# --------------------------------------------------------------------------------------------------- main
 @pytest.fixture
-def out_dir(wild, tmp_path):
-    """A copy of the random pair that may be written to."""
-    return Path(shutil.copytree(wild, tmp_path / "wild", ignore=shutil.ignore_patterns("eval")))
+def out_dir(arithmetic, tmp_path):
+    return random_pair(tmp_path / "wild", load_manifest(arithmetic))
 
 
 @pytest.fixture
 def run(out_dir, arithmetic, capsys, monkeypatch):
-    """main, counting the problems that it generates answers for: (results, what it printed)."""
-    generate = evaluate.generate
-    def counted(model, prompts, *args):
+    """main, counting the answers that it has written: (results, what it printed)."""
+    generate = exam.generate
+    def counted(model, prompts, *args, **named):
         call.generated += len(prompts)
-        return generate(model, prompts, *args)
-    monkeypatch.setattr(evaluate, "generate", counted)
-    def call(*args, out_dir=out_dir):
+        return generate(model, prompts, *args, **named)
+    monkeypatch.setattr(exam, "generate", counted)
+    def call(*args, out_dir=out_dir, data_dir=arithmetic):
         call.generated = 0
         capsys.readouterr()
-        evaluate.main([f"--out_dir={out_dir}", f"--data_dir={arithmetic}", "--max_new_tokens=12", "--batch_size=8", *args])
-        return json.loads((out_dir / "eval/val.json").read_text()), capsys.readouterr().out
+        evaluate.main([f"--out_dir={out_dir}", f"--data_dir={data_dir}", "--max_new_tokens=12",
+                       "--batch_size=8", *args])
+        printed = capsys.readouterr().out
+        return json.loads(Path(re.search(r"written to (.*\.json)", printed)[1]).read_text()), printed
     return call
 
 
-def records(out_dir, steps):
-    (path,) = (out_dir / "eval").glob(f"val_*_steps{steps}.jsonl")
-    return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
+def answers_of(out_dir, results, steps):
+    """{id: record} of the file that a row names."""
+    (row,) = (row for row in results["rows"] if row["steps"] == steps)
+    lines = (out_dir / "eval" / row["answers"]).read_text().splitlines()
+    return {r["id"]: r for r in map(json.loads, filter(None, lines))}
 
 
-def timeless(results):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in results["rows"]]
+def timeless(x):
+    """Rows or records without what differs from run to run."""
+    if isinstance(x, dict):
+        return {k: timeless(v) for k, v in x.items() if k not in ("seconds", "command", "commit", "computed")}
+    return [timeless(each) for each in x] if isinstance(x, list) else x
 
 
+def child(code, *args, **env):
+    """A Python of its own, one thread: as exact as this one."""
+    command = [sys.executable, *(["-c", code] if code else ["evaluate.py"]), *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | env)
+
+
+# --------------------------------------------------------------------------------------------- answers
 def test_results(run, out_dir, arithmetic, encoding):
+    """Every number of the table from the records; the records from texts written alone, and scored alone."""
     results, printed = run("--steps=1,2,4", "--limit=20", "--mistakes=2")
     assert run.generated == 60
-    assert results["weights_sha256"] == hashlib.sha256((out_dir / "best.pt").read_bytes()).hexdigest()
-    assert results["config"]["steps"] == "1,2,4" and results["config"]["seed"] == 0 and results["config"]["split"] == "val"
+    sha256 = hashlib.sha256((out_dir / "best.pt").read_bytes()).hexdigest()
+    assert results["weights_sha256"] == results["rows"][0]["weights_sha256"] == sha256
+    assert results["config"]["steps"] == "1,2,4" and results["config"]["split"] == "val"
     assert results["torch"] == torch.__version__ and results["machine"] and results["command"]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert results["commit"] in (git, f"{git}-dirty" if git else "")
-    assert len(list((out_dir / "eval").glob("val_*.json"))) == 1 and not list((out_dir / "eval").glob("*.tmp"))
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    assert results["commit"].removesuffix("-dirty") == git.stdout.strip()
 
-    problems, all_records = load_split(arithmetic, "val").problems, {T: records(out_dir, T) for T in (1, 2, 4)}
+    problems = load_split(arithmetic, "val").problems
+    all_records = {T: answers_of(out_dir, results, T) for T in (1, 2, 4)}
     for row, T in zip(results["rows"], (1, 2, 4), strict=True):
-        rs = all_records[T]
-        assert set(rs) == set(range(20)) and row["steps"] == T and row["n"] == 20 and row["solver"] == "euler"
-        for i, r in rs.items():
-            assert (r["strict"], r["flexible"], r["well_formed"]) == score(r["output"], problems[i].answer)
-            assert r["nfe"] == (T - 1) * r["predicted"] and 1 <= r["predicted"] <= 12 and r["ended"] == (r["predicted"] < 12)
-        mean = lambda key: sum(r[key] for r in rs.values()) / 20
-        assert row["flexible"] == mean("flexible") and row["strict"] == mean("strict") and row["well_formed"] == mean("well_formed")
-        assert row["cut"] == pytest.approx(1 - mean("ended")) and row["tokens"] == pytest.approx(mean("predicted"))
-        assert row["nfe"] == T - 1 and row["interval"] == list(wilson(sum(r["strict"] for r in rs.values()), 20))
-        assert re.search(rf"^ +{T}  +{T - 1}\.00  ", printed, re.M)
-    assert "vs_first" not in results["rows"][0] and results["rows"][2]["vs_previous"][2] <= 1
-    assert len({tuple(r["output"] for r in rs.values()) for rs in all_records.values()}) == 3   # each number of steps its own answers
-    assert printed.count("wrong, steps=4") == 2 and all(p.question in printed for p in problems[:2])
+        records = all_records[T]
+        assert set(records) == set(range(20)) and row["steps"] == T and row["n"] == 20
+        for i, r in records.items():
+            assert (r["strict"], r["flexible"], r["well_formed"]) == score(problems[i], r["output"])
+            assert r["nfe"] == (T - 1) * r["predicted"] <= r["computed"] and 1 <= r["predicted"] <= 12
+            assert r["ended"] == (r["predicted"] < 12) and r["fits"]
+        def mean(key):
+            return sum(r[key] for r in records.values()) / 20
+        for name in ("flexible", "strict", "well_formed"):
+            assert row[name] == mean(name)
+        assert row["cut"] == pytest.approx(1 - mean("ended")) and row["tokens"] == mean("predicted")
+        assert row["nfe"] == T - 1 and row["computed"] == pytest.approx(mean("computed") / mean("predicted"))
+        assert row["interval"] == list(wilson(sum(r["strict"] for r in records.values()), 20))
+        assert re.search(rf"^{T}  +{T - 1}\.00  ", printed, re.M)
+    assert len({tuple(r["output"] for r in records.values()) for records in all_records.values()}) == 3
+    assert printed.count("wrong, steps=4") == 2 and all(p.prompt in printed for p in problems[:2])
 
-    model, _, _ = sample.load(str(out_dir), "best")                       # and they are Algorithm 1's, whatever the batch
+    model, _, _ = load(str(out_dir))                              # they are Algorithm 1's, whatever the batch
     for i in (3, 17):
-        prompt = encoding.encode_ordinary(f"Question: {problems[i].question}\nAnswer:")
-        (alone,) = evaluate.generate(model, [prompt], encoding.eot_token, 12, evaluate.Sampler(steps=4), None, 0, [i])
+        prompt = encoding.encode_ordinary(problems[i].prompt)
+        decoding = Decoding(steps=4, max_new_tokens=12, draft=0)
+        (alone,) = exam.generate(model, [prompt], encoding.eot_token, decoding, None, [i])
         assert encoding.decode(alone.tokens) == all_records[4][i]["output"]
+
+
+def saying(monkeypatch, encoding, text):
+    """Have texts written by text(steps, id) in place of the model."""
+    def generate(model, prompts, eot, decoding, labels, ids):
+        return [Generated(encoding.encode_ordinary(text(decoding.steps, i)), True, 10, 4, 5) for i in ids]
+    monkeypatch.setattr(exam, "generate", generate)
+
+
+RIGHT = {1: {0, 1, 2}, 2: {1, 2, 3, 4, 5, 6}, 4: {0, 4, 5, 6, 7, 8, 9, 10, 11}}
 
 
 def test_comparisons(run, arithmetic, monkeypatch, encoding):
     """Against the first row and the previous one, on the same questions."""
-    right = {1: {0, 1, 2}, 2: {1, 2, 3, 4, 5, 6}, 4: {0, 4, 5, 6, 7, 8, 9, 10, 11}}
     problems = load_split(arithmetic, "val").problems
-    def generate(model, prompts, eot, n, sampler, label, seed, ids):
-        return [evaluate_output(problems[i].answer if i in right[sampler.steps] else "#### 100000") for i in ids]
-    def evaluate_output(text):
-        from diffusion import Generated
-        return Generated(encoding.encode_ordinary(text), True, 1, 0)
-    monkeypatch.setattr(evaluate, "generate", generate)
+    saying(monkeypatch, encoding, lambda T, i: problems[i].answer if i in RIGHT[T] else "#### 100000")
     results, printed = run("--steps=1,2,4", "--limit=20")
-    rows = results["rows"]
-    assert [r["strict"] for r in rows] == [3 / 20, 6 / 20, 9 / 20] and [r["flexible"] for r in rows] == [3 / 20, 6 / 20, 9 / 20]
-    assert rows[1]["vs_first"] == rows[1]["vs_previous"] == [4, 1, pytest.approx(2 * (1 + 5) / 32)]
-    assert rows[2]["vs_first"] == [8, 2, pytest.approx(2 * (1 + 10 + 45) / 1024)]
-    assert rows[2]["vs_previous"] == [6, 3, pytest.approx(2 * (1 + 9 + 36 + 84) / 512)]
+    one, two, four = results["rows"]
+    assert [r["strict"] for r in results["rows"]] == [3 / 20, 6 / 20, 9 / 20] and "vs_first" not in one
+    assert two["vs_first"] == two["vs_previous"] == {"steps": 1, "gained": 4, "lost": 1,
+                                                     "p": pytest.approx(2 * (1 + 5) / 32)}
+    assert four["vs_first"]["p"] == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert four["vs_previous"] == {"steps": 2, "gained": 6, "lost": 3,
+                                   "p": pytest.approx(2 * (1 + 9 + 36 + 84) / 512)}
     assert "+8 -2 p=0.109" in printed and "+6 -3 p=0.508" in printed
 
 
-@pytest.mark.parametrize("cut", [0, 1, 40, 700])
-def test_goes_on_after_a_kill(cut, run, out_dir):
-    """The file of answers cut in the middle of a line: only what is missing is generated, and the results are the same."""
-    whole, _ = run("--steps=2", "--limit=20")
-    assert run.generated == 20
-    (path,) = (out_dir / "eval").glob("*.jsonl")
-    bytes_, before = path.read_bytes(), records(out_dir, 2)
-    path.write_bytes(bytes_[:len(bytes_) - cut])
-    kept = bytes_[:len(bytes_) - cut].count(b"\n")
-    assert (kept == 20) == (cut == 0)
-    again, _ = run("--steps=2", "--limit=20")
-    assert run.generated == 20 - kept and timeless(again) == timeless(whole)
-    untimed = lambda rs: {i: {k: v for k, v in r.items() if k != "seconds"} for i, r in rs.items()}
-    assert untimed(records(out_dir, 2)) == untimed(before) and len(path.read_text().splitlines()) == 20
-
-
 @pytest.mark.parametrize("votes", [1, 3, 9])
-def test_votes(votes, run, out_dir, arithmetic, encoding, monkeypatch):
-    """The records are those of samples generated one by one and voted on by hand; a run cut short goes on to the same ones."""
-    sizes, generate, problems = [], evaluate.generate, load_split(arithmetic, "val").problems[:12]
-    monkeypatch.setattr(evaluate, "generate", lambda *args: (sizes.append(len(args[1])), generate(*args))[1])
-    options = ["--steps=3", "--limit=12", "--temperature=0.4", f"--votes={votes}"]
-    results, _ = run(*options)
-    assert run.generated == 12 * votes and set(sizes) == {1: {8, 4}, 3: {6}, 9: {9}}[votes]      # rows of a batch of 8
-    found = records(out_dir, 3)
-    model, _, _ = sample.load(str(out_dir), "best")
-    for i, problem in enumerate(problems):
-        prompt = encoding.encode_ordinary(f"Question: {problem.question}\nAnswer:")
-        alone = [generate(model, [prompt], encoding.eot_token, 12, evaluate.Sampler(steps=3, temperature=0.4), None, 0, [i * votes + j])[0]
+def test_votes(votes, run, out_dir, arithmetic, encoding):
+    """The records are those of samples generated one by one and voted on by hand, by their numbers."""
+    results, _ = run("--steps=3", "--limit=6", "--temperature=0.4", f"--votes={votes}")
+    assert run.generated == 6 * votes
+    found, problems = answers_of(out_dir, results, 3), load_split(arithmetic, "val").problems
+    model, _, _ = load(str(out_dir))
+    decoding = Decoding(steps=3, temperature=0.4, max_new_tokens=12)
+    def number(text):
+        match = re.search(r"#### (-?[0-9,]+)", text.split("\nQuestion:")[0])
+        return match and int(match[1].replace(",", ""))
+    for i in range(6):
+        prompt = encoding.encode_ordinary(problems[i].prompt)
+        alone = [exam.generate(model, [prompt], encoding.eot_token, decoding, None, [i * votes + j])[0]
                  for j in range(votes)]
-        texts, gold = [encoding.decode(o.tokens) for o in alone], strict_answer(problem.answer)
-        tally = lambda given: max((x for x in given if x is not None), key=given.count, default=None)
-        strict, flexible = tally([strict_answer(text) for text in texts]), tally([flexible_answer(text) for text in texts])
-        assert found[i].pop("seconds") > 0 and found[i] == {
-            "id": i, "output": next((text for text in texts if strict_answer(text) == strict), texts[0]), "strict": strict == gold,
-            "flexible": flexible == gold, "well_formed": strict is not None, "ended": all(o.ended for o in alone),
-            "predicted": sum(o.predicted for o in alone), "nfe": sum(o.nfe for o in alone)}
+        texts = [encoding.decode(o.tokens) for o in alone]
+        counts = Counter(number(text) for text in texts if number(text) is not None)
+        chosen = max(counts, key=counts.get) if counts else None
+        r = found[i]
+        assert r["output"] == next((text for text in texts if number(text) == chosen), texts[0])
+        assert r["strict"] == (chosen == number(problems[i].answer))
+        assert r["well_formed"] == (chosen is not None)
+        assert r["predicted"] == sum(o.predicted for o in alone) and r["nfe"] == sum(o.nfe for o in alone)
         assert votes == 1 or len(set(texts)) > 1
-    row = results["rows"][0]
-    assert row["tokens"] == pytest.approx(sum(r["predicted"] for r in found.values()) / 12) and row["nfe"] == 2
-
-    (path,) = (out_dir / "eval").glob("*.jsonl")
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:5]) + lines[5][:20])
-    again, _ = run(*options)
-    assert run.generated == 7 * votes and timeless(again) == timeless(results)
-    assert {i: r | {"seconds": 0} for i, r in records(out_dir, 3).items()} == {i: r | {"seconds": 0} for i, r in found.items()}
 
 
-def test_votes_count(run, arithmetic, monkeypatch, encoding):
-    """Three samples of each problem, their answers given: what is right is what most of them say."""
-    from diffusion import Generated
-    problems, asked = load_split(arithmetic, "val").problems, []
-    said = {0: "RRW", 1: "RWW", 2: "WRR", 3: "RWX", 4: "WRX", 5: "XXR", 6: "XXX"}     # right, wrong (always the same number), nothing
-    text = lambda i, letter: {"R": problems[i].answer, "W": "#### 100000", "X": "no idea"}[letter]
-    def generate(model, prompts, eot, n, sampler, label, seed, ids):
-        asked.extend(ids)
-        return [Generated(encoding.encode_ordinary(text(i // 3, said[i // 3][i % 3])), i != 1, 10, 4) for i in ids]
-    monkeypatch.setattr(evaluate, "generate", generate)
-    results, printed = run("--steps=2", "--limit=7", "--temperature=1", "--votes=3")
+def test_votes_and_samples_count(run, arithmetic, monkeypatch, encoding):
+    """Three samples of each problem, given: the majority counts, or each of them does."""
+    problems = load_split(arithmetic, "val").problems
+    said = ["RRW", "RWW", "WRR", "RWX", "WRX", "XXR", "XXX"]
+    def text(T, i):
+        say = {"R": problems[i // 3].answer, "W": "#### 100000", "X": "no idea"}
+        return say[said[i // 3][i % 3]]
+    saying(monkeypatch, encoding, text)
+    (row,) = run("--steps=2", "--limit=7", "--temperature=1", "--votes=3")[0]["rows"]
+    assert row["strict"] == row["flexible"] == 4 / 7 and row["well_formed"] == 6 / 7      # 0, 2, 3, 5
+    assert row["tokens"] == 30 and row["nfe"] == 0.4 and row["computed"] == 0.5
+    results, printed = run("--steps=2", "--limit=7", "--temperature=1", "--samples=3")
     (row,) = results["rows"]
-    assert sorted(asked) == list(range(21))
-    assert row["strict"] == row["flexible"] == 4 / 7 and row["well_formed"] == 6 / 7         # 0, 2, 3, 5
-    assert row["tokens"] == 30 and row["nfe"] == 0.4 and row["cut"] == 1 / 7 and "30.0" in printed
-
-
-@pytest.mark.parametrize("options, part", [(["--votes=0"], "votes=0"), (["--votes=-2", "--temperature=1"], "votes=-2"),
-                                           (["--votes=2"], "--temperature")])
-def test_votes_that_cannot_be(options, part, run):
-    """k greedy answers are one answer k times."""
-    with pytest.raises(UserError, match=part) as error:
-        run("--steps=1", "--limit=2", *options)
-    assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
-
-
-KILL = """
-import os, signal, sys, evaluate
-generate, calls = evaluate.generate, []
-def killed(*args):
-    calls.append(1)
-    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)
-    return generate(*args)
-evaluate.generate = killed
-evaluate.main(sys.argv[1:])
-"""
-
-
-def test_answers_are_kept_as_they_come(run, out_dir, arithmetic):
-    """SIGKILL in its third batch: the answers of two are there, and the next run makes the rest."""
-    killed = child(["-c", KILL], f"--out_dir={out_dir}", f"--data_dir={arithmetic}", "--max_new_tokens=12", "--batch_size=8", "--steps=2", "--limit=30")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(records(out_dir, 2)) == 16
-    run("--steps=2", "--limit=30")
-    assert run.generated == 14 and len(records(out_dir, 2)) == 30
+    right = [word.count("R") for word in said]
+    assert row["strict"] == pytest.approx(sum(right) / 21) == pytest.approx(row["pass_at"]["1"])
+    assert row["pass_at"]["3"] == pytest.approx(6 / 7) and "pass@3" in printed
+    assert row["well_formed"] == pytest.approx((21 - 7) / 21)
 
 
 def test_answers_are_not_mixed_up(run, out_dir):
-    """Another limit or batch size shares them; another seed, sampler, label or checkpoint does not."""
+    """Another limit, batch size or draft shares them; what changes an answer, or the weights, does not."""
     run("--steps=2", "--limit=8")
-    run("--steps=2", "--limit=12", "--batch_size=5")
-    assert run.generated == 4
+    for same in ("--batch_size=5", "--draft=0", "--mistakes=0"):
+        run("--steps=2", "--limit=12", same)
+        assert run.generated == (4 if same == "--batch_size=5" else 0), same
     run("--steps=2", "--limit=6")
     assert run.generated == 0
-    for change in ("--seed=1", "--temperature=1", "--t_end=0.9", "--solver=adaptive", "--label=1", "--use_label", "--max_new_tokens=9"):
+    for change in ("--seed=1", "--temperature=1", "--t_end=0.9", "--solver=adaptive", "--label=2 steps",
+                   "--use_label", "--max_new_tokens=9", "--stop=0.5", "--guess=mean"):
         run("--steps=2", "--limit=4", change)
         assert run.generated == 4, change
-    run("--steps=2", "--limit=4", "--temperature=1", "--votes=2")
-    assert run.generated == 8
-    checkpoint = load_checkpoint(out_dir / "best.pt")
-    torch.save(checkpoint | {"step": 1}, out_dir / "best.pt")
+    checkpoint = torch.load(out_dir / "best.pt")
+    torch.save(checkpoint | {"step": 2}, out_dir / "best.pt")
     run("--steps=2", "--limit=4")
     assert run.generated == 4
 
 
-def test_labels(run, arithmetic, monkeypatch):
-    """use_label: every problem its own; label: the same for all; neither: none, which is index 4."""
-    given, generate = {}, evaluate.generate
-    def spy(model, prompts, eot, n, sampler, label, seed, ids):
-        given.update(zip(ids, label))
-        return generate(model, prompts, eot, n, sampler, label, seed, ids)
-    monkeypatch.setattr(evaluate, "generate", spy)
-    def labels(*args):
-        given.clear()
-        results, _ = run("--steps=2", "--limit=30", *args)
-        return given, results["rows"][0]["nll"]
-    problems = load_split(arithmetic, "val").problems
-    assert labels("--use_label")[0] == {i: min(problems[i].answer.count("\n"), 4) - 1 for i in range(30)}
-    assert len(set(given.values())) > 1
-    assert set(labels("--label=2")[0].values()) == {2} and set(labels()[0].values()) == {4}
-    nlls = [labels(*args)[1] for args in ([], ["--label=2"], ["--label=2", "--guidance=3"], ["--use_label"])]
-    assert len(set(nlls)) == 3 and nlls[1] == nlls[2]             # two evaluations: the last, at one call, has no guidance
+def test_other_problems_need_other_answers(run, arithmetic, tmp_path):
+    """The same folder's name, but data made anew; the same problems elsewhere are the same."""
+    data = Path(shutil.copytree(arithmetic, tmp_path / "data"))
+    run("--steps=1", "--limit=4", data_dir=data)
+    run("--steps=1", "--limit=4")
+    assert run.generated == 0
+    rows = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
+    rows[-1]["answer"] = rows[-1]["answer"].replace("####", "So ####")
+    (data / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--steps=1", "--limit=4", data_dir=data)
+    assert run.generated == 4
 
 
+def test_answers_are_filed_under_the_weights_that_were_loaded(run, out_dir, monkeypatch):
+    """best.pt is replaced while its answers are written, as a training does."""
+    loaded, generate = (out_dir / "best.pt").read_bytes(), exam.generate
+    def replaced(*args):
+        (out_dir / "best.pt").write_bytes(b"of another step")
+        return generate(*args)
+    monkeypatch.setattr(exam, "generate", replaced)
+    results, _ = run("--steps=1", "--limit=2")
+    assert results["weights_sha256"] == hashlib.sha256(loaded).hexdigest()
+
+
+def test_a_small_evaluation_replaces_no_large_one(run, out_dir):
+    large, _ = run("--steps=1,2", "--limit=20")
+    files = {path: path.read_bytes() for path in (out_dir / "eval").glob("*.json")}
+    small, _ = run("--steps=1,2", "--limit=5")
+    assert run.generated == 0 and [row["n"] for row in small["rows"]] == [5, 5]
+    assert all(path.read_bytes() == before for path, before in files.items())
+    more, _ = run("--steps=4", "--limit=20")                      # other steps: a row more, in the same file
+    assert [row["steps"] for row in more["rows"]] == [1, 2, 4]
+    assert timeless(more["rows"][:2]) == timeless(large["rows"]) and "vs_first" not in more["rows"][2]
+
+
+def test_all_problems_have_a_name_of_their_own(run, out_dir, arithmetic):
+    """The limit of all there are is no limit."""
+    n = len(load_split(arithmetic, "val").problems)
+    for limit in (n, 0, n + 1):
+        run("--steps=1", f"--limit={limit}", "--exact_match=False")
+    (path,) = (out_dir / "eval").glob("*.json")
+    assert re.fullmatch("val_[0-9a-f]{8}.json", path.name)
+
+
+# --------------------------------------------------------------------------------- cut, damaged, at once
+@pytest.mark.parametrize("cut", [0, 1, 40, 700])
+def test_goes_on_after_a_cut(cut, run, out_dir):
+    """The file of answers cut within a line: what is missing is written, the results are the same."""
+    whole, _ = run("--steps=2", "--limit=20")
+    path = out_dir / "eval" / whole["rows"][0]["answers"]
+    bytes_, before = path.read_bytes(), answers_of(out_dir, whole, 2)
+    path.write_bytes(bytes_[:len(bytes_) - cut])
+    kept = 0
+    for line in filter(None, path.read_bytes().split(b"\n")):
+        try:
+            kept += "id" in json.loads(line)
+        except ValueError:
+            pass
+    assert (kept == 20) == (cut < 2)
+    again, _ = run("--steps=2", "--limit=20")
+    assert run.generated == 20 - kept and timeless(again["rows"]) == timeless(whole["rows"])
+    found = {r["id"]: r for r in exam.read_answers(path).values()}
+    assert timeless(found) == timeless(before)
+
+
+@pytest.mark.parametrize("damage", [b'{"id": 3, "outp', b"\0" * 300, b"[]", b'{"id": 3}', b"\xff\xfe", b"7"])
+def test_a_damaged_line_costs_that_line(damage, run, out_dir):
+    whole, _ = run("--steps=1", "--limit=10")
+    path = out_dir / "eval" / whole["rows"][0]["answers"]
+    lines = [line for line in path.read_bytes().split(b"\n") if line]
+    (lost,) = [i for i, line in enumerate(lines) if json.loads(line)["id"] == 3]
+    path.write_bytes(b"\n".join([*lines[:lost], damage, *lines[lost + 1:]]))
+    again, _ = run("--steps=1", "--limit=10")
+    assert run.generated == 1 and timeless(again["rows"]) == timeless(whole["rows"])
+
+
+KILL = """
+import os, signal, sys, evaluate, exam
+generate, calls = exam.generate, []
+def killed(*args):
+    calls.append(1)
+    if len(calls) == 3: os.kill(os.getpid(), signal.{0})
+    return generate(*args)
+exam.generate = killed
+evaluate.run(lambda: evaluate.main(sys.argv[1:]))
+"""
+SMALL = "--max_new_tokens=12", "--batch_size=8", "--steps=2", "--limit=30"
+
+
+@pytest.mark.parametrize("name, status", [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130)])
+def test_answers_are_kept_as_they_come(name, status, run, out_dir, arithmetic):
+    """Stopped in the third batch: the answers of two are there, and the next run makes the rest."""
+    stopped = child(KILL.format(name), f"--out_dir={out_dir}", f"--data_dir={arithmetic}", *SMALL)
+    _, errors = stopped.communicate(timeout=120)
+    assert stopped.returncode == status and "Traceback" not in errors, errors
+    (path,) = (out_dir / "eval").glob("*.jsonl")
+    assert len(exam.read_answers(path)) == 16
+    results, _ = run("--steps=2", "--limit=30")
+    assert run.generated == 14 and set(answers_of(out_dir, results, 2)) == set(range(30))
+
+
+def test_two_ranks_are_one_process(run, questions, tmp_path):
+    """40 problems over two ranks: the same answers, none twice, the same rows and letters, one table."""
+    one_folder = random_pair(tmp_path / "one", load_manifest(questions))
+    two_folder = Path(shutil.copytree(one_folder, tmp_path / "two"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = f"--data_dir={questions}", "--max_new_tokens=12", "--batch_size=8", "--steps=1,3"
+    ranks = [child("", f"--out_dir={two_folder}", *options, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in "01"]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert outputs[1][0] == "" and outputs[0][0].count("written to") == 1
+    one, _ = run("--steps=1,3", out_dir=one_folder, data_dir=questions)
+    two = json.loads(Path(re.search(r"written to (.*\.json)", outputs[0][0])[1]).read_text())
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        text = (two_folder / "eval" / b["answers"]).read_text()
+        assert sorted(json.loads(line)["id"] for line in text.split("\n") if line) == list(range(40))
+        found = answers_of(two_folder, two, b["steps"])
+        assert timeless(found) == timeless(answers_of(one_folder, one, b["steps"]))
+        assert b.pop("nll") == pytest.approx(a.pop("nll"), rel=1e-12)
+        assert timeless(a) == timeless(b) and a["choices"]["right"] == b["choices"]["right"]
+
+
+def test_runs_at_once_in_one_folder(run, out_dir, arithmetic, tmp_path):
+    """Two processes with steps in common: all answers whole, one file of results with all rows."""
+    common = f"--data_dir={arithmetic}", "--max_new_tokens=12", "--batch_size=4", "--limit=24"
+    processes = [child("", f"--out_dir={out_dir}", *common, f"--steps={T}") for T in ("1,2,4", "2,4,8")]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    (path,) = (out_dir / "eval").glob("*.json")
+    together = json.loads(path.read_text())
+    assert [row["steps"] for row in together["rows"]] == [1, 2, 4, 8]
+    alone, _ = run("--steps=1,2,4,8", "--limit=24")
+    assert run.generated == 0
+    for row, other in zip(together["rows"], alone["rows"]):
+        assert (row["strict"], row["nll"], row["n"]) == (other["strict"], other["nll"], 24)
+    for path in (out_dir / "eval").glob("*.jsonl"):
+        assert all(json.loads(line)["id"] in range(24) for line in path.read_text().split("\n") if line)
+    assert not list((out_dir / "eval").glob("*.tmp"))
+
+
+def test_a_stray_rank(out_dir, arithmetic):
+    """RANK or WORLD_SIZE left over in the environment: a line."""
+    process = child("", f"--out_dir={out_dir}", f"--data_dir={arithmetic}", WORLD_SIZE="2")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert "WORLD_SIZE=2" in errors and "torchrun" in errors
+
+
+def test_a_folder_that_cannot_be_written(run, out_dir):
+    (out_dir / "eval").write_text("no folder")
+    with pytest.raises((UserError, OSError)):
+        run("--steps=1", "--limit=2")
+    (out_dir / "eval").unlink()
+    results, _ = run("--steps=1", "--limit=2")
+    path = out_dir / "eval" / results["rows"][0]["answers"]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises((UserError, OSError)):
+        run("--steps=1", "--limit=2")
+
+
+# ------------------------------------------------------------------------------------- teacher-forced
 def by_hand(model, data, n):
-    """The trunk's mean accuracy and -log p over all targets of n problems, one problem at a time, without padding."""
+    """The trunk's mean accuracy and -log p over all targets of n problems, one at a time, without padding."""
     hits, loss = [], []
     for i in range(n):
         tokens = torch.from_numpy(data.tokens[data.offsets[i]:data.offsets[i + 1]].astype(np.int64))
@@ -411,117 +435,264 @@ def by_hand(model, data, n):
     return np.mean(hits), np.mean(loss)
 
 
-def test_teacher_forced_at_one_step_is_the_trunk(run, l2d, arithmetic, tmp_path):
-    copy = Path(shutil.copytree(l2d, tmp_path / "l2d", ignore=shutil.ignore_patterns("eval")))
-    checkpoint = load_checkpoint(copy / "best.pt")
-    checkpoint["model"]["path.w.2.weight"] *= 3                   # a louder path: T = 1 does not hear it, T = 3 does
-    torch.save(checkpoint, copy / "best.pt")
-    results, _ = run("--steps=1,3", "--limit=11", "--batch_size=4", "--exact_match=False", out_dir=copy)
+def test_teacher_forced_at_one_step_is_the_trunk(run, out_dir, arithmetic):
+    results, _ = run("--steps=1,3", "--limit=41", "--exact_match=False")
     assert run.generated == 0 and "strict" not in results["rows"][0]
-    model, _, _ = sample.load(str(l2d), "best")
-    accuracy, nll = by_hand(model, load_split(arithmetic, "val"), 11)
+    model, _, _ = load(str(out_dir))
+    accuracy, nll = by_hand(model, load_split(arithmetic, "val"), 41)
     one, three = results["rows"]
-    assert one["token_accuracy"] == pytest.approx(accuracy, abs=1e-9) and one["nll"] == pytest.approx(nll, rel=1e-5)
+    assert one["token_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert one["nll"] == pytest.approx(nll, rel=1e-5)
     assert abs(three["nll"] - nll) > 0.01                         # the path has its say
-    answers = [p.answer for p in load_split(arithmetic, "val").problems[:11]]
-    kinds = one["by_kind"]                                        # a number is one token, with the space or sign before it apart
+    answers = [p.answer for p in load_split(arithmetic, "val").problems[:41]]
+    kinds = one["by_kind"]                                        # a number is one token, its sign apart
     assert kinds["result"]["n"] == sum(answer.count(">>") for answer in answers)
-    assert kinds["number"]["n"] == sum(len(re.findall(r"[0-9]+", answer)) for answer in answers) - kinds["result"]["n"]
+    n_numbers = sum(len(re.findall(r"[0-9]+", answer)) for answer in answers)
+    assert kinds["number"]["n"] == n_numbers - kinds["result"]["n"]
     n = sum(kind["n"] for kind in kinds.values())
     assert sum(kind["n"] * kind["accuracy"] for kind in kinds.values()) / n == pytest.approx(accuracy)
-    assert all(kind["nfe"] == 0 for kind in kinds.values()) and all(kind["nfe"] == 2 for kind in three["by_kind"].values())
+    assert all(kind["nfe"] == 0 for kind in kinds.values())
+    assert all(kind["nfe"] == 2 for kind in three["by_kind"].values())
 
 
-def shorten(out_dir, n):
-    """Make the checkpoint's model one of n positions."""
-    checkpoint = load_checkpoint(out_dir / "best.pt")
-    checkpoint["trunk_config"]["block_size"] = n
-    checkpoint["model"]["trunk.wpe.weight"] = checkpoint["model"]["trunk.wpe.weight"][:n].clone()
-    torch.save(checkpoint, out_dir / "best.pt")
+def choices_by_hand(model, encoding, problems):
+    """Is the right letter the likeliest, and -log p of it among the letters, by plain forward passes."""
+    found = []
+    for p in problems:
+        ids = encoding.encode_ordinary(p.prompt + " ")                # the tiny tokenizer has no token " A"
+        letters = [encoding.encode_ordinary(choice.strip())[0] for choice in p.choices]
+        with torch.no_grad():
+            logits = model.trunk.head(model.trunk(torch.tensor([ids]))[0])[0, -1]
+        p_of = logits.softmax(-1)[letters]
+        right = p.choices.index(p.answer)
+        found.append((p_of.argmax().item() == right, -math.log(p_of[right] / p_of.sum())))
+    return zip(*found)
 
 
-def test_questions_that_do_not_fit_are_wrong(out_dir, arithmetic, encoding, tmp_path):
-    data = load_split(arithmetic, "val")
-    lengths = [len(encoding.encode_ordinary(f"Question: {p.question}\nAnswer:")) for p in data.problems[:40]]
-    fits = sorted(lengths)[15]                                    # the longest question that fits fills the model
-    shorten(out_dir, fits)
-    model, _, _ = sample.load(str(out_dir), "best")
-    config = evaluate.Config(max_new_tokens=12, batch_size=8)
-    found = evaluate.answers(config, evaluate.Sampler(steps=2), model, encoding, data, 40, [4] * 500, str(tmp_path / "x.jsonl"))
-    assert [r["id"] for r in found] == list(range(40)) and max(lengths) > fits
-    for r, length in zip(found, lengths):
-        assert (r["predicted"] == 0) == (length > fits) and r["predicted"] <= max(0, fits - length + 1)
-        if length > fits:
-            assert (r["output"], r["strict"], r["flexible"], r["well_formed"], r["ended"]) == ("", False, False, False, False)
-    row = evaluate.summary(found, None, None)
-    assert row["n"] == 40 and row["cut"] >= sum(length > fits for length in lengths) / 40
+def test_likelihood_of_letters_at_one_step_is_a_plain_forward_pass(run, questions, encoding, tmp_path):
+    asked = random_pair(tmp_path / "asked", load_manifest(questions))
+    results, printed = run("--steps=1,2,4", out_dir=asked, data_dir=questions)
+    problems, (model, _, _) = load_split(questions, "val").problems, load(str(asked))
+    right, nll = choices_by_hand(model, encoding, problems)
+    one, two, four = (row["choices"] for row in results["rows"])
+    assert one["right"] == "".join(str(int(r)) for r in right) and 0 < one["accuracy"] < 1
+    assert one["accuracy"] == sum(right) / 40 and one["nll"] == pytest.approx(np.mean(nll), rel=1e-5)
+    of = {"law": right[:20], "art": right[20:35], "math": right[35:]}
+    assert one["by_subject"] == {subject: [pytest.approx(np.mean(r)), len(r)] for subject, r in of.items()}
+    assert one["macro"] == pytest.approx(np.mean([np.mean(r) for r in of.values()]))
+    assert len({one["right"], two["right"], four["right"]}) == 3 and four["vs_previous"]["steps"] == 2
+    gained = sum(a < b for a, b in zip(one["right"], four["right"]))
+    assert four["vs_first"]["gained"] == gained
+    assert printed.count("likeliest choice, by subject") == printed.count("right, by subject") == 1
+    assert [row["steps"] for row in results["rows"]] == [1, 2, 4] and "strict" in results["rows"][0]
+    assert results["rows"][0]["by_subject"]["law"][1] == 20
+
+    with_answers, run_generated = results["rows"][0]["choices"], run.generated
+    results, printed = run("--steps=1", "--exact_match=False", out_dir=asked, data_dir=questions)
+    assert run.generated == 0 < run_generated and results["rows"][0]["choices"] == with_answers
 
 
-def test_examples_that_do_not_fit(run, out_dir):
-    """a question or answer beyond the model's positions ends in an IndexError."""
-    shorten(out_dir, 60)
-    results, _ = run("--steps=1,2", "--limit=20")
-    assert [row["n"] for row in results["rows"]] == [20, 20] and all(0 < row["nll"] < math.inf for row in results["rows"])
+def test_letters_that_the_trunk_knows(run, questions, encoding, monkeypatch, tmp_path):
+    """The right letter written, right: all; a perturbed one: none."""
+    asked = random_pair(tmp_path / "asked", load_manifest(questions))
+    problems = load_split(questions, "val").problems
+    saying(monkeypatch, encoding, lambda T, i: problems[i].answer if T == 2 else LETTERS[(i * i + 1) % 4])
+    one, two = run("--steps=1,2", out_dir=asked, data_dir=questions)[0]["rows"]
+    assert (one["strict"], two["strict"], two["macro"], one["macro"]) == (0, 1, 1, 0)
 
 
-def test_without_git(run, monkeypatch, tmp_path):
-    """on a machine without git, all is generated and then nothing written."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    results, _ = run("--steps=1", "--limit=2")
-    assert results["commit"] == ""
+# ---------------------------------------------------------------------------------------- what is asked
+def test_labels(run, arithmetic, monkeypatch):
+    """use_label: every problem its own; label: the same for all; neither: none, which is index 4."""
+    given, generate = {}, exam.generate
+    def spy(model, prompts, eot, decoding, labels, ids):
+        given.update(zip(ids, labels))
+        return generate(model, prompts, eot, decoding, labels, ids)
+    monkeypatch.setattr(exam, "generate", spy)
+    def labels(*args):
+        given.clear()
+        results, printed = run("--steps=2", "--limit=30", *args)
+        return given, results["rows"][0]["nll"], printed
+    problems = load_split(arithmetic, "val").problems
+    assert labels("--use_label")[0] == {i: min(problems[i].answer.count("\n"), 4) - 1 for i in range(30)}
+    assert len(set(given.values())) > 1
+    assert set(labels("--label=3 steps")[0].values()) == {2} and set(labels()[0].values()) == {4}
+    options = [[], ["--label=3 steps"], ["--label=3 steps", "--guidance=3"], ["--use_label"]]
+    _, nlls, printed = zip(*(labels(*args) for args in options))
+    assert len(set(nlls)) == 3 and nlls[1] == nlls[2]             # the last call, the only one, is not guided
+    notes = [[line for line in text.splitlines() if "guidance" in line] for text in printed]
+    assert [len(lines) for lines in notes] == [0, 0, 1, 0]
+    assert "guidance=3.0 changes nothing at steps=2" in notes[2][0]
+
+
+def test_labels_of_a_mix(run, questions, arithmetic, tmp_path):
+    """A model that knows groups, on data with labels of its own: a problem's label is its task's group."""
+    manifest = load_manifest(arithmetic) | {"label_names": ["math", "code", "knowledge"], "n_labels": 3}
+    model = random_pair(tmp_path / "mix", manifest)
+    named, _ = run("--steps=2", "--limit=6", "--label=knowledge", out_dir=model, data_dir=questions)
+    own, _ = run("--steps=2", "--limit=6", "--use_label", out_dir=model, data_dir=questions)
+    assert run.generated == 0 and own["rows"][0]["nll"] == named["rows"][0]["nll"]
+    with pytest.raises(UserError, match="use_label needs the labels .* are: math, code, knowledge"):
+        run("--steps=2", "--use_label", out_dir=model)            # arithmetic has no group
+
+
+def test_shots(run, questions, encoding, monkeypatch, tmp_path):
+    """Worked examples stand before each question, in the answers, the letters and the true answers alike."""
+    asked, prompts = random_pair(tmp_path / "asked", load_manifest(questions), positions=256), {}
+    generate = exam.generate
+    def spy(model, given, eot, decoding, labels, ids):
+        prompts.update(zip(ids, given))
+        return generate(model, given, eot, decoding, labels, ids)
+    monkeypatch.setattr(exam, "generate", spy)
+    results, _ = run("--steps=1", "--shots=2", "--limit=12", out_dir=asked, data_dir=questions)
+    problems, examples = load_split(questions, "val").problems[:12], load_split(questions, "dev").problems
+    texts = [few_shot(p, examples, 2) for p in problems]
+    assert texts[0].count("Answer: ") == 2
+    assert prompts == {i: encoding.encode_ordinary(text) for i, text in enumerate(texts)}
+    prompted = [p._replace(prompt=text) for p, text in zip(problems, texts)]
+    right, nll = choices_by_hand(load(str(asked))[0], encoding, prompted)
+    assert results["rows"][0]["choices"]["right"] == "".join(str(int(r)) for r in right)
+    assert results["rows"][0]["choices"]["nll"] == pytest.approx(np.mean(nll), rel=1e-5)
+    plain, _ = run("--steps=1", "--limit=12", out_dir=asked, data_dir=questions)
+    assert run.generated == 12 and plain["rows"][0]["nll"] != results["rows"][0]["nll"]
+
+
+def test_questions_that_do_not_fit_are_wrong(run, arithmetic, questions, encoding, monkeypatch, tmp_path):
+    """As answers, as letters, as true answers: counted as wrong, named in a line, none dropped."""
+    lengths = [len(encoding.encode_ordinary(p.prompt)) for p in load_split(questions, "val").problems]
+    positions = sorted(lengths)[25]                               # the longest that fits fills the model
+    short = random_pair(tmp_path / "short", load_manifest(questions), positions=positions)
+    results, printed = run("--steps=1,2", out_dir=short, data_dir=questions)
+    for row in results["rows"]:
+        found = answers_of(short, results, row["steps"])
+        assert set(found) == set(range(40)) and row["n"] == 40
+        assert row["too_long"] == sum(length > positions for length in lengths) > 0
+        for i, length in enumerate(lengths):
+            assert found[i]["fits"] == (length <= positions) == (found[i]["predicted"] > 0)
+            assert found[i]["predicted"] <= max(0, positions - length + 1)
+            if length > positions:
+                assert (found[i]["output"], found[i]["strict"], found[i]["ended"]) == ("", 0, False)
+        assert len(row["choices"]["right"]) == 40                 # with the space before a letter
+        assert all(length < positions for length, r in zip(lengths, row["choices"]["right"]) if r == "1")
+        assert 0 < row["nll"] < math.inf and row["teacher_forced_n"] < 40
+    note = f"{row['too_long']} problems do not fit the model's {positions} positions: they count as wrong"
+    assert note in printed
+
+
+def test_code_is_run_only_when_asked_to(run, arithmetic, encoding, monkeypatch, tmp_path):
+    """Problems with a test: refused without --run_code, before any answer; the true answer passes."""
+    def problem(i):
+        return Problem(f"Question: Add {i}.\nAnswer:", f"\ndef f(x):\n    return x + {i}", "mbpp", "code",
+                       test=f"assert f(1) == {1 + i}")
+    data = made_up(tmp_path / "code", {"val": [problem(i) for i in (1, 2)]})
+    model = random_pair(tmp_path / "coder", load_manifest(data))
+    with pytest.raises(UserError, match="--run_code"):
+        run("--steps=1", out_dir=model, data_dir=data)
+    assert run.generated == 0 and not list(model.glob("eval/*.jsonl"))
+    saying(monkeypatch, encoding, lambda T, i: problem(1 + i).answer if T == 2 else "\ndef f(x): return 1")
+    one, two = run("--steps=1,2", "--run_code", out_dir=model, data_dir=data)[0]["rows"]
+    assert (one["strict"], two["strict"], one["well_formed"]) == (0, 1, 1)
+    run("--steps=1", "--exact_match=False", out_dir=model, data_dir=data)     # runs no code
+
+
+def test_no_answer_is_longer_than_the_model(run, out_dir, monkeypatch):
+    """--max_new_tokens of a thousand million is cut before anything is allocated for it."""
+    seen, generate = [], exam.generate
+    def spy(*args):
+        seen.append(args[3].max_new_tokens)
+        return generate(*args)
+    monkeypatch.setattr(exam, "generate", spy)
+    run("--steps=2", "--limit=2", "--max_new_tokens=1000000000")
+    run("--steps=2", "--limit=3", "--max_new_tokens=128")
+    assert seen == [128, 128] and run.generated == 1              # the same answers
+
+
+# ------------------------------------------------------------------------------------------ what is shown
+def test_show_change(run, arithmetic, monkeypatch, encoding):
+    """Of the problems gained, the shortest is printed, with both answers and a trace of the model's own."""
+    problems = load_split(arithmetic, "val").problems
+    saying(monkeypatch, encoding, lambda T, i: problems[i].answer if i in RIGHT[T] else "#### 100000")
+    _, printed = run("--steps=1,4", "--limit=20", "--show_change", "--mistakes=0")
+    _, shown = printed.split("\n8 problems are wrong at steps=1 and right at steps=4; the shortest:\n")
+    gained = problems[4]                                          # all are given as of 10 tokens: the first
+    assert shown.startswith(gained.prompt) and f"steps=4: {gained.answer!r}" in shown
+    assert "steps=1: '#### 100000'" in shown and "guesses (t: guess, its probability)" in shown
+    trace = shown.split("guesses (t: guess, its probability)\n")[1].splitlines()
+    assert 1 <= len(trace) <= 12 and all("0.00: " in line for line in trace)
+    _, printed = run("--steps=4,1", "--limit=3", "--show_change", "--mistakes=0")
+    assert "4 problems" not in printed and "2 problems are wrong at steps=4 and right at steps=1" in printed
+    saying(monkeypatch, encoding, lambda T, i: "#### 100000")
+    _, printed = run("--steps=1,2", "--limit=3", "--seed=5", "--show_change", "--mistakes=0")
+    assert printed.endswith("no problem is wrong at steps=1 and right at steps=2: none to trace\n")
 
 
 def test_plot(run, out_dir, tmp_path):
     pytest.importorskip("matplotlib")
     control = Path(shutil.copytree(out_dir, tmp_path / "control"))
     run("--steps=1", "--limit=8", out_dir=control)
-    _, printed = run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}")
+    _, printed = run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}/")
     (figure,) = (out_dir / "eval").glob("*.png")
-    assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and figure.stat().st_size > 5000 and str(figure) in printed
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and f"figure: {figure}" in printed
+    for other in ("--temperature=1", "--limit=7", "--exact_match=False"):
+        control = Path(shutil.copytree(out_dir, tmp_path / other, ignore=shutil.ignore_patterns("eval")))
+        run("--steps=1", "--limit=8", other, out_dir=control)
+        with pytest.raises(UserError, match=f"--out_dir={control} --steps=1 --split=val --temperature=0.0 "
+                                            "--top_k=0 --votes=1 --samples=1 --shots=0 --limit=8"):
+            run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}")
 
 
-@pytest.mark.parametrize("other", ["--temperature=1", "--limit=7", "--exact_match=False"])
-def test_a_control_at_other_settings_is_refused(run, out_dir, tmp_path, other):
-    """The last evaluation counts: a sampled or shorter one would be drawn beside greedy points."""
-    pytest.importorskip("matplotlib")
-    control = Path(shutil.copytree(out_dir, tmp_path / "control"))
-    run("--steps=1", "--limit=8", other, out_dir=control)
-    with pytest.raises(UserError, match=f"--out_dir={control} --split=val --steps=1 --temperature=0.0 --top_k=0 --votes=1 --limit=8"):
-        run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}")
+@pytest.mark.parametrize("options, parts", [
+    (["--votes=0"], ["votes=0", "at least 1"]),
+    (["--votes=2"], ["votes=2", "--temperature"]),
+    (["--samples=5"], ["samples=5", "--temperature"]),
+    (["--votes=2", "--samples=2", "--temperature=1"], ["votes=2", "samples=2", "choose one"]),
+    (["--use_label", "--label=2 steps"], ["--use_label", "choose one"]),
+    (["--guidance=2"], ["guidance=2.0", "--label"]),
+    (["--label=2"], ["label='2'", "1 step, 2 steps, 3 steps, 4 or more steps"]),
+    (["--steps="], ["steps=''", "1,2,4"]),
+    (["--steps=1,x"], ["steps='1,x'"]),
+    (["--steps=0,1"], ["steps=0", "at least 1"]),
+    (["--steps=-1"], ["steps='-1'"]),
+    (["--exact_match=False", "--plot"], ["--plot", "--exact_match=False"]),
+    (["--limit=-1"], ["limit=-1"]),
+    (["--show_change", "--steps=4"], ["--show_change", "--steps=1,16"]),
+    (["--show_change", "--votes=2", "--temperature=1"], ["--show_change", "2 answers"]),
+    (["--split=nothing"], ["'nothing'", "val"]),
+    (["--batch_size=0"], ["batch_size=0"]),
+    (["--max_new_tokens=0"], ["max_new_tokens=0"]),
+    (["--shots=-1"], ["shots=-1"]),
+    (["--checkpoint=last"], ["last.pt"]),
+    (["--data_dir=/nowhere"], ["/nowhere", "prepare_data.py"]),
+    (["--out_dir=/nowhere"], ["/nowhere", "train.py"]),
+])
+def test_mistakes_are_one_line(options, parts, run):
+    with pytest.raises(UserError) as error:
+        run("--limit=2", *options)
+    message = str(error.value)
+    assert message.startswith("error: ") and "\n" not in message
+    assert all(part in message for part in parts), message
+    assert run.generated == 0
 
 
-def test_other_problems_need_other_answers(run, arithmetic, tmp_path):
-    """The same folder's name, but data made anew."""
+def test_a_trunk_alone(run, arithmetic, tmp_path):
+    """One step only, no labels."""
+    trunk = random_pair(tmp_path / "trunk", load_manifest(arithmetic), with_path=False)
+    results, _ = run("--steps=1", "--limit=3", out_dir=trunk)
+    assert results["rows"][0]["nfe"] == 0
+    for options, part in ((["--steps=1,2"], "--steps=1"), (["--label=2 steps"], "none, for want of a path"),
+                          (["--use_label"], "none, for want of a path")):
+        with pytest.raises(UserError, match=part):
+            run("--steps=1", "--limit=3", *options, out_dir=trunk)
+
+
+def test_data_of_another_tokenizer(run, out_dir, arithmetic, tmp_path):
     data = Path(shutil.copytree(arithmetic, tmp_path / "data"))
-    run("--steps=1", "--limit=4", f"--data_dir={data}")
-    run("--steps=1", "--limit=4")
-    assert run.generated == 0                                     # the same problems elsewhere
-    lines = (data / "val.jsonl").read_text().splitlines(keepends=True)
-    (data / "val.jsonl").write_text("".join([*lines[:-1], lines[0]]))
-    run("--steps=1", "--limit=4", f"--data_dir={data}")
-    assert run.generated == 4
+    manifest = load_manifest(data) | {"tokenizer": "other", "fingerprint": "f"}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="tokenizer other, the checkpoint with arithmetic"):
+        run("--steps=1", data_dir=data)
 
 
-def test_plot_draws_what_was_measured(tmp_path, monkeypatch):
-    """Points, error bars and the controls' lines, read back from the axes."""
-    plt = pytest.importorskip("matplotlib.pyplot")
-    shown = []
-    monkeypatch.setattr(plt, "close", shown.append)
-    row = lambda nfe, k: {"nfe": nfe, "strict": k / 100, "interval": wilson(k, 100), "n": 100}
-    evaluate.plot(tmp_path / "x.png", {"rows": [row(0, 30), row(3, 45)], "config": {"split": "val"}}, [("lora", {"rows": [row(0, 40)]})])
-    (axes,) = shown[0].axes
-    points, control = axes.lines[0], next(line for line in axes.lines if line.get_label() == "lora")
-    assert points.get_xdata().tolist() == [0, 3] and points.get_ydata().tolist() == [0.3, 0.45] and set(control.get_ydata()) == {0.4}
-    ends = sorted(y for bars in axes.collections if hasattr(bars, "get_segments") for (_, low), (_, high) in bars.get_segments() for y in (low, high))
-    assert ends == pytest.approx(sorted([*wilson(30, 100), *wilson(45, 100)]))
-
-
-def test_plot_without_exact_match(run):
-    """without exact match there is nothing to draw, and it ends in a KeyError."""
-    with pytest.raises(UserError, match="plot"):
-        run("--steps=1", "--limit=2", "--exact_match=False", "--plot")
-
-
-def test_one_label_or_each_its_own(run):
-    with pytest.raises(UserError, match="choose one"):
-        run("--steps=1", "--use_label", "--label=2")
+def test_checkpoint_has_its_hash(out_dir):
+    data = (out_dir / "best.pt").read_bytes()
+    assert load_checkpoint(out_dir / "best.pt")["sha256"] == hashlib.sha256(data).hexdigest()
