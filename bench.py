@@ -73,8 +73,7 @@ class Config:
     # training, on examples of GSM8K's lengths
     train_batch: int = 8
     train_prompt: int = 60          # mean tokens of a prompt
-    train_answer: int = 96          # mean tokens of an answer
-    ragged: bool = True             # lengths vary as GSM8K's do; a batch holds similar ones, as in train.py
+    train_answer: int = 96          # mean tokens of an answer; a batch holds similar lengths, as in train.py
     compile: bool = False           # training steps
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -214,8 +213,8 @@ def what_to_decode(config, device, dtype):
         for stop in sorted({0.0, config.stop}) if trained else [0.0]:
             for draft in numbers(config.draft):
                 for share in numbers(config.acceptance, float) if draft and not trained else [1.0]:
-                    name = f"T={T}, " + (f"drafts up to {draft}" if draft else "no drafts")
-                    name += f", stop={stop}" if stop else f", {share:.0%} kept" if draft and not trained else ""
+                    name = f"T={T}, drafts up to {draft}" if draft else f"T={T}, no drafts"
+                    name += f", stop={stop}" * bool(stop) + f", {share:.0%} kept" * (bool(draft) > trained)
                     variants[name] = Decoding(steps=T, draft=draft, stop=stop, max_new_tokens=n), share
     return model, eot, lambda batch: texts[:max(batch, config.texts if trained else 1)], variants
 
@@ -249,8 +248,7 @@ def measure_decoding(config, device, dtype):
             rows[name]["same"] = [o.tokens for o in out] == [o.tokens for o in must[reference]]
         results[batch] = {"rows": rows, "bytes_per_s": bandwidth, "flops_per_s": flops, "seconds": seconds}
         print(f"\ndecoding {config.out_dir or config.model}, batch {batch}, {len(prompts)} texts, {n_plain} "
-              f"tokens, {str(dtype)[6:]} on {device}; probes: {bandwidth / 1e9:.1f} GB/s, "
-              f"{flops / 1e12:.3f} TFLOP/s")
+              f"tokens, {str(dtype)[6:]}, {device}; {bandwidth / 1e9:.1f} GB/s, {flops / 1e12:.3f} TFLOP/s")
         print_table(rows)
     return results
 
@@ -268,10 +266,8 @@ def row_of(seconds, out, plain, n_plain, floor):
 def random_batch(config):
     """Random examples as of prepare_data.load_split, and the ids of a batch of similar, about mean length."""
     rng, n, size = np.random.default_rng(config.seed), 50 * config.train_batch, SIZES[config.model]
-
-    def lengths(mean, shape):                                            # GSM8K: mean 156, 99% below 321
-        return rng.gamma(shape, mean / shape, n).astype(int).clip(1) if config.ragged else np.full(n, mean)
-    prompt, answer = lengths(config.train_prompt, 9), lengths(config.train_answer, 4)
+    prompt, answer = (rng.gamma(shape, mean / shape, n).astype(int).clip(1)      # GSM8K: 99% below 321
+                      for mean, shape in ((config.train_prompt, 9), (config.train_answer, 4)))
     total = (prompt + answer).clip(max=size.block_size)
     data = SimpleNamespace(offsets=np.append(0, total.cumsum()), labels=np.zeros(n, int),
                            tokens=rng.integers(size.vocab_size, size=total.sum()),
@@ -296,7 +292,8 @@ def measure_training(config, device, dtype):
     trainees, counted = {}, {}
     for name, modes in MODES.items():
         trainees[name] = Trainee(random_pair(size, *modes, config.seed).to(device), batch, dtype)
-        counted[name] = flops_of(trainees[name], device), *step_bytes(size, name, *idx.shape, len(y), dtype)
+        stays, (peak,) = step_bytes(size, name, [(*idx.shape, len(y))], dtype)
+        counted[name] = flops_of(trainees[name], device), stays, peak
         if config.compile:
             trainees[name].loss_of.compile()                             # in place, as in train.py
             trainees[name]()
@@ -314,9 +311,8 @@ def measure_training(config, device, dtype):
                       "stays": stays / 1e9, "peak": most / 1e9,
                       "measured": (trainees[name].state_bytes() + peak[name]) / 1e9 if peak else None}
     padding = 1 - (n_tokens - len(ids)) / idx.numel()
-    print(f"\ntraining {config.model}{', compiled' * config.compile}, a step on {len(ids)} examples, "
-          f"{n_tokens} tokens ({padding:.0%} padding), {len(y)} targets, {str(dtype)[6:]} on {device}; "
-          f"probe: {flops / 1e12:.3f} TFLOP/s")
+    print(f"\ntraining {config.model}{', compiled' * config.compile}, {len(ids)} rows, {n_tokens} tokens, "
+          f"{padding:.0%} padding, {len(y)} targets, {str(dtype)[6:]}, {device}; {flops / 1e12:.3f} TFLOP/s")
     print_table(rows)
     return {"rows": rows, "examples": len(ids), "tokens": n_tokens, "targets": len(y), "padding": padding,
             "flops": {name: n[0] for name, n in counted.items()}, "flops_per_s": flops, "seconds": seconds}
