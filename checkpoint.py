@@ -1,4 +1,5 @@
-""" Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
+"""
+Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
 
 out_dir holds last.pt (all that --resume needs), previous.pt (the one before), best.pt (lowest validation
 loss; weights only) and, where the trunk is frozen, trunk.pt: written once, and named by its hash in the
@@ -32,8 +33,7 @@ def load_state(module, tensors, source):
 
 
 def pretrained_trunk(name):
-    """GPT-2's weights by hub name, .safetensors file or directory, as a GPT. Raises UserError where they
-    cannot be had, are damaged, or are not GPT-2's."""
+    """GPT-2's weights by hub name, file or directory, as a GPT. UserError where they cannot be had."""
     from gpt2_weights import load_gpt2
     tensors, n_head, path = load_gpt2(name)
     block_size, (vocab_size, n_embd) = tensors["wpe.weight"].shape[0], tensors["wte.weight"].shape
@@ -44,8 +44,7 @@ def pretrained_trunk(name):
 
 
 def load_trunk(name, manifest):
-    """The trunk in a checkpoint (.pt) of train.py, its LoRA merged in, or GPT-2's: for data with this
-    manifest."""
+    """The trunk of a checkpoint (.pt), its LoRA merged in, or GPT-2's, for data with this manifest."""
     if name.endswith(".pt"):
         checkpoint = load_checkpoint(name)
         if checkpoint["tokenizer"]["fingerprint"] != manifest["fingerprint"]:
@@ -70,9 +69,13 @@ def load_path(path, name):
 
 # ------------------------------------------------------------------------------------------------ save
 def save(checkpoint, path, previous=None):
-    """Write whole or not at all: a kill while writing leaves what was there, which then becomes
-    `previous`."""
-    write_file(f"{path}.new", lambda file: torch.save(checkpoint, file))
+    """Write whole or not at all; what was there before becomes `previous`."""
+    def write(file):
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as e:                             # torch's own, after the OSError of a full disk
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
+    write_file(f"{path}.new", write)
     if previous and os.path.exists(path):
         os.replace(path, previous)
     os.replace(f"{path}.new", path)
@@ -124,8 +127,11 @@ class Log:
 
     def __call__(self, **record):
         if self.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as e:
+                raise UserError(f"error: cannot write {self.path}: {e.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------- resume
@@ -136,9 +142,13 @@ def open_out_dir(config, ranks):
     if config.resume and not (os.path.exists(last) or os.path.exists(previous)):
         raise UserError(f"error: nothing to resume: {last} does not exist; start without --resume")
     lock_file = lock(config.out_dir) if ranks.main else None
+    for name in os.listdir(config.out_dir) if ranks.main else ():
+        if name.startswith(".") and name.endswith(".tmp"):        # left by a kill while writing
+            os.remove(os.path.join(config.out_dir, name))
     if not config.resume:
-        if os.path.exists(last):
-            raise UserError(f"error: {last} exists; go on with --resume, or choose another --out_dir")
+        for path in (last, previous):
+            if os.path.exists(path):
+                raise UserError(f"error: {path} exists; go on with --resume, or choose another --out_dir")
         return lock_file, None
     try:
         return lock_file, load_checkpoint(last) | {"path": last}
@@ -173,8 +183,7 @@ def check_same_run(checkpoint, config, manifest, ranks):
 
 # ------------------------------------------------------------------------------------------------ load
 def load_checkpoint(path):
-    """What train.py saved, with the hash of the bytes read as "sha256". Raises UserError where it cannot be
-    read."""
+    """What train.py saved, and its hash as "sha256". Raises UserError where it cannot be read."""
     if not os.path.exists(path):
         config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # config/NAME.py writes to out/NAME
         config = config if os.path.exists(config) else "config/demo_trunk.py, or bash demo.sh"
@@ -196,8 +205,7 @@ def load_checkpoint(path):
 
 
 def read(path):
-    """The dict in the file, and the sha256 of the file: of the bytes that were read, whatever happens to it
-    later."""
+    """The dict in a file, and the sha256 of the bytes that were read."""
     try:
         with open(path, "rb") as file:
             data = file.read()

@@ -32,8 +32,7 @@ def pick_device(want):
 
 
 def pick_dtype(want, device):
-    """The torch.dtype of --dtype. auto: float32 on a CPU, bfloat16 on a GPU, float16 on one that only
-    emulates it."""
+    """The torch.dtype of --dtype. auto: float32 on a CPU; bfloat16 on a GPU, float16 if that is emulated."""
     if want == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -112,8 +111,8 @@ class Ranks:
 
 @contextmanager
 def ranks_of(device, remedy):
-    """The Ranks of this process, closed in the end. A user's error is said once a host; being out of memory is
-    one, with this remedy."""
+    """The Ranks of this process, closed in the end. A user's error is said once a host. So is running out of
+    memory, with this remedy."""
     ranks = Ranks(device)
     try:
         yield ranks

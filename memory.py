@@ -25,9 +25,10 @@ MODES = {"full finetuning": ("full", "none"), "trunk LoRA": ("lora", "none"),   
          "L2D, full path": ("frozen", "full"), "L2D, LoRA path": ("frozen", "lora")}
 
 
-def random_pair(size, trunk_mode="frozen", path_mode="none"):
+def random_pair(size, trunk_mode="frozen", path_mode="none", seed=0):
     """The pair with random weights; requires_grad as in train.py. The path is fresh, and w_init = 0: at every t the
     pair predicts what the trunk does."""
+    torch.manual_seed(seed)
     trunk, path = GPT(size), PathConfig(path_mode=path_mode, w_init=0.0)
     model = L2D(trunk, DiffusionPath(trunk, path, 1) if path_mode != "none" else None)
     trunk.requires_grad_(trunk_mode == "full")
@@ -53,6 +54,11 @@ class Trainee:
         torch.nn.utils.clip_grad_norm_(train.trained(self.model), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def state_bytes(self):
+        """Bytes that stay between steps: weights and the optimizer's state."""
+        state = [z for s in self.optimizer.state.values() for z in s.values()]
+        return sum(z.nbytes for z in [*self.model.parameters(), *state])
 
 
 class Meter(TorchDispatchMode):

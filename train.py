@@ -1,4 +1,5 @@
-""" Train L2D, or one of its controls, on data made by prepare_data.py.
+"""
+Train L2D, or one of its controls, on data made by prepare_data.py.
 
     python train.py config/l2d_gsm8k.py                                # GPT-2 and GSM8K, one GPU
     torchrun --nproc_per_node=8 train.py                               # the same on eight

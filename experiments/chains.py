@@ -1,4 +1,5 @@
-""" Steps that pay: the end of a chain of links, from a trunk that was taught one link.
+"""
+Steps that pay: the end of a chain of links, from a trunk that was taught one link.
 
     export PYTHONPATH=.
     python experiments/chains.py                            # trunk, L2D, controls of seed 0, table, figure
