@@ -185,7 +185,8 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal["euler", "midpoint", "heun", "fixed_point", "adaptive"] = "euler"
+    solver: Literal["euler", "midpoint", "heun", "fixed_point",
+                    "adaptive"] = "euler"  # adaptive takes at most `steps` evaluations
     t_end: float = 0.0              # time of the last evaluation; 0 = last_time(steps); the paper has 1
     t_hold: float = 0.0             # time of all path calls but the last; 0 = evenly spaced up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess
