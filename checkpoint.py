@@ -1,4 +1,5 @@
-""" Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
+"""
+Save and load a run. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
 
 out_dir holds last.pt (all that --resume needs), previous.pt (the one before), best.pt (lowest validation
 loss; weights only) and, where the trunk is frozen, trunk.pt: written once, and named by its hash in the
@@ -8,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from dataclasses import asdict
 
 import torch
@@ -32,8 +34,7 @@ def load_state(module, tensors, source):
 
 
 def pretrained_trunk(name):
-    """GPT-2's weights by hub name, .safetensors file or directory, as a GPT. Raises UserError where they
-    cannot be had, are damaged, or are not GPT-2's."""
+    """GPT-2's weights by hub name, file or directory, as a GPT. UserError where they cannot be had."""
     from gpt2_weights import load_gpt2
     tensors, n_head, path = load_gpt2(name)
     block_size, (vocab_size, n_embd) = tensors["wpe.weight"].shape[0], tensors["wte.weight"].shape
@@ -44,8 +45,7 @@ def pretrained_trunk(name):
 
 
 def load_trunk(name, manifest):
-    """The trunk in a checkpoint (.pt) of train.py, its LoRA merged in, or GPT-2's: for data with this
-    manifest."""
+    """The trunk of a checkpoint (.pt), its LoRA merged in, or GPT-2's, for data with this manifest."""
     if name.endswith(".pt"):
         checkpoint = load_checkpoint(name)
         if checkpoint["tokenizer"]["fingerprint"] != manifest["fingerprint"]:
@@ -62,11 +62,21 @@ def load_trunk(name, manifest):
     return trunk
 
 
+def load_path(path, name):
+    """The weights of the path in a checkpoint of train.py, into this path."""
+    tensors = load_checkpoint(name)["model"]
+    load_state(path, {k[5:]: v for k, v in tensors.items() if k.startswith("path.")}, name)
+
+
 # ------------------------------------------------------------------------------------------------ save
 def save(checkpoint, path, previous=None):
-    """Write whole or not at all: a kill while writing leaves what was there, which then becomes
-    `previous`."""
-    write_file(f"{path}.new", lambda file: torch.save(checkpoint, file))
+    """Write whole or not at all; what was there before becomes `previous`."""
+    def write(file):
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as e:                             # torch's own, after the OSError of a full disk
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
+    write_file(f"{path}.new", write)
     if previous and os.path.exists(path):
         os.replace(path, previous)
     os.replace(f"{path}.new", path)
@@ -91,7 +101,7 @@ def describe(model, trunk_lora, out_dir):
 
 def save_run(run, config, ranks, better=False):
     """Write last.pt; and best.pt, if this is better than all before. run: see train.py."""
-    run.saved = run.step
+    saved, run.saved = run.saved, run.step
     if not ranks.main:
         return
     lora = [config.lora_rank, config.lora_alpha] if config.trunk_mode == "lora" else None
@@ -99,11 +109,15 @@ def save_run(run, config, ranks, better=False):
     checkpoint = describe(run.model, lora, config.out_dir) | {
         "config": asdict(config), "world": ranks.world, "step": run.step, "best": run.best,
         "data": run.manifest, "tokenizer": tokenizer}
-    folder = config.out_dir
-    if better:
-        save(checkpoint, os.path.join(folder, "best.pt"))
-    checkpoint |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-    save(checkpoint, os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt"))
+    best, last, previous = (os.path.join(config.out_dir, f"{name}.pt")
+                            for name in ("best", "last", "previous"))
+    try:
+        if better:
+            save(checkpoint, best)
+        checkpoint |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+        save(checkpoint, last, previous)
+    except UserError as e:
+        raise UserError(f"{e}. {last} holds step {saved}" if saved >= 0 else str(e)) from None
 
 
 class Log:
@@ -118,8 +132,11 @@ class Log:
 
     def __call__(self, **record):
         if self.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as e:
+                raise UserError(f"error: cannot write {self.path}: {e.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------- resume
@@ -130,9 +147,13 @@ def open_out_dir(config, ranks):
     if config.resume and not (os.path.exists(last) or os.path.exists(previous)):
         raise UserError(f"error: nothing to resume: {last} does not exist; start without --resume")
     lock_file = lock(config.out_dir) if ranks.main else None
+    for name in os.listdir(config.out_dir) if ranks.main else ():
+        if name.startswith(".") and name.endswith(".tmp"):        # left by a kill while writing
+            os.remove(os.path.join(config.out_dir, name))
     if not config.resume:
-        if os.path.exists(last):
-            raise UserError(f"error: {last} exists; go on with --resume, or choose another --out_dir")
+        for path in (last, previous):
+            if os.path.exists(path):
+                raise UserError(f"error: {path} exists; go on with --resume, or choose another --out_dir")
         return lock_file, None
     try:
         return lock_file, load_checkpoint(last) | {"path": last}
@@ -167,8 +188,7 @@ def check_same_run(checkpoint, config, manifest, ranks):
 
 # ------------------------------------------------------------------------------------------------ load
 def load_checkpoint(path):
-    """What train.py saved, with the hash of the bytes read as "sha256". Raises UserError where it cannot be
-    read."""
+    """What train.py saved, and its hash as "sha256". Raises UserError where it cannot be read."""
     if not os.path.exists(path):
         config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # config/NAME.py writes to out/NAME
         config = config if os.path.exists(config) else "config/demo_trunk.py, or bash demo.sh"
@@ -190,11 +210,12 @@ def load_checkpoint(path):
 
 
 def read(path):
-    """The dict in the file, and the sha256 of the file: of the bytes that were read, whatever happens to it
-    later."""
+    """The dict in a file, and the sha256 of the bytes that were read."""
     try:
         with open(path, "rb") as file:
             data = file.read()
+        if wrong := zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch.load does not look at checksums
+            raise ValueError(f"the checksum of {wrong} is wrong")
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise ValueError("wrong contents")

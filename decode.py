@@ -1,4 +1,5 @@
-""" Texts: Algorithm 1 position after position, with the trunk's key-value cache, for prompts of any lengths
+"""
+Texts: Algorithm 1 position after position, with the trunk's key-value cache, for prompts of any lengths
 at once.
 
 The trunk drafts. In a *round* the trunk writes K tokens by plain decoding. Then Algorithm 1 runs at the K
@@ -23,7 +24,7 @@ from configurator import UserError
 from diffusion import Denoiser, Sampler, Tables, choose, predict
 from model import Context
 
-HALF = 32               # a pass over n positions takes about 1 + n / HALF times one over one (docs/LOG.md)
+HALF = 32               # a pass over n positions takes about 1 + n / HALF times one over a single position
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,12 @@ class Rows:
         self.cache = [(k[i], v[i]) for k, v in self.cache]
 
     def grow(self, S):
-        """Room for S positions in the cache, and little more: a CPU reads it faster than one with much to
-        spare."""
+        """Room for S positions in the cache, and hardly more: a CPU reads a small one faster."""
         if S > self.cache[0][0].size(2):
             self.cache = [tuple(F.pad(z, (0, 0, 0, S + 7 - z.size(2))) for z in pair) for pair in self.cache]
 
     def keys(self, ahead, n_columns):
-        """kv, and mask (B, 1, n_columns, S) or None, of queries at the n_columns positions from position +
-        ahead on."""
+        """kv, and mask (B, 1, n_columns, S) or None, of queries at position + ahead and on."""
         S = max(self.positions) + ahead + n_columns
         kv = [(k[:, :, :S], v[:, :, :S]) for k, v in self.cache]
         if n_columns == 1 and min(self.positions) == max(self.positions):  # every row sees all S keys
@@ -165,8 +164,7 @@ def refine(model, rows, draft, tables, config, trace):
 
 
 def accept(rows, draft, y, f, eot):
-    """Write what a round has settled into the rows: y (N,) from refine, up to the first that differs from the
-    draft."""
+    """Write what a round has settled into the rows: y (N,), up to the first that differs from the draft."""
     grid = torch.stack([draft.y, draft.y, torch.zeros_like(draft.y)])  # drafted, refined, path calls
     grid[1:, draft.valid] = torch.stack([y, f.nfe])
     drafted, refined, nfe = grid.tolist()                         # one transfer
@@ -195,7 +193,7 @@ def next_length(out, config):
     over K B positions as a token took so far. Ten tokens are assumed to have come before, nine as drafted.
     """
     B, n = len(out), 10 + sum(o.predicted for o in out)
-    differ = (1 + sum(len(o.rejected) for o in out)) / n                 # 1 - a
+    differ = (1 + sum(len(o.rejected) for o in out)) / n          # 1 - a
     calls = (10 * (config.steps - 1) + sum(o.nfe for o in out)) / n
 
     def time_per_token(K):

@@ -20,7 +20,5 @@ train() {  # train CONFIG OUT_DIR: unless it is done; go on where it was cut
 train config/demo_trunk.py out/demo_trunk    # a small GPT on a broad mixture of exercises
 train config/demo_l2d.py out/demo_l2d        # the diffusion path beside it; the trunk stays as it is
 
-echo "== accuracy on unseen problems: steps=1 is the trunk alone"
-python evaluate.py --out_dir=out/demo_l2d --split=test --steps=1,2,4,16 --batch_size=250
-echo "== one sample; a star marks a token that the steps changed"
-python sample.py --out_dir=out/demo_l2d --steps=8 --trace
+echo "== accuracy on unseen problems: steps=1 is the trunk alone; then one problem that the steps put right"
+python evaluate.py --out_dir=out/demo_l2d --split=test --steps=1,2,4,16 --batch_size=250 --mistakes=0 --show_change

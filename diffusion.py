@@ -185,7 +185,8 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal["euler", "midpoint", "heun", "fixed_point", "adaptive"] = "euler"
+    solver: Literal["euler", "midpoint", "heun", "fixed_point",
+                    "adaptive"] = "euler"  # adaptive takes at most `steps` evaluations
     t_end: float = 0.0              # time of the last evaluation; 0 = last_time(steps); the paper has 1
     t_hold: float = 0.0             # time of all path calls but the last; 0 = evenly spaced up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess
@@ -298,8 +299,8 @@ class Denoiser:
         return x_1_hat
 
     def moves(self, x_t, t, x_1_hat, i):
-        """Whether the guess at the positions i may still change, (n,) bool: it has just done so, or x_1_hat is
-        not yet the mean m of the guesses before it, to which x_t = (1 - t) x_0 + t m points."""
+        """Whether the guess at the positions i may still change, (n,) bool: it has just done so, or x_1_hat
+        is not yet the mean m of the guesses before it, to which x_t = (1 - t) x_0 + t m points."""
         m = (x_t - (1 - t) * self.x_0[i]) / t
         distance = (x_1_hat - m).norm(dim=1) / x_t.size(1) ** 0.5  # in units of x_1's standard deviation
         return ~self.same | (distance > self.sampler.stop)

@@ -20,15 +20,13 @@ from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import Literal
 
-import torch
-
 import report
 from checkpoint import load
 from configurator import UserError, at_least, configure, require, run
 from decode import Decoding, generate
 from exam import Exam, answers, equals_and_digits, of_choices, of_true_answers
 from files import write_file
-from machine import Ranks, pick_device
+from machine import pick_device, ranks_of
 from packed import pack
 from prepare_data import Split, encode_split, load_manifest, load_split
 from sample import check, format_trace
@@ -58,7 +56,7 @@ class Config(Decoding):
     plot: bool = False              # draw the share right against path calls, to out_dir/eval
     controls: str = ""              # out_dirs, separated by commas, evaluated before: drawn as lines
     # machine
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: float32 on a CPU
 
     def __post_init__(self):
@@ -192,19 +190,20 @@ def evaluate(config, ranks):
         ranks.say(f"note: guidance={config.guidance} changes nothing at steps={','.join(small)}: it moves "
                   "x_t for a later path call, and there is none")
     rows, records, right, likeliest, kinds = [], {}, {}, {}, equals_and_digits(exam.encoding)
+    subjects = [problem.subject or problem.task for problem in exam.problems]
     for decoding in decodings:
         steps = decoding.steps
         row = {"steps": steps, "solver": decoding.solver, "n": exam.n}
         row |= of_true_answers(exam, decoding, *kinds)
-        if subjects := [p.subject for p in exam.problems if p.choices]:
+        if asked := [i for i, problem in enumerate(exam.problems) if problem.choices]:
             likeliest[steps], nll = of_choices(exam, decoding)
-            row["choices"] = report.shares("accuracy", likeliest[steps], 1, subjects) | {
+            row["choices"] = report.shares("accuracy", likeliest[steps], 1, [subjects[i] for i in asked]) | {
                 **report.compare(likeliest, steps), "nll": nll, "right": "".join(map(str, likeliest[steps]))}
         if config.exact_match:
             name = f"{config.split}_{key}_steps{steps}.jsonl"
             records[steps] = answers(exam, decoding, os.path.join(folder, name))
             right[steps] = [record["strict"] for record in records[steps]]
-            row |= report.summary(records[steps], config.samples, [p.subject for p in exam.problems])
+            row |= report.summary(records[steps], config.samples, subjects)
             row |= report.compare(right, steps) | {"answers": name}
         rows.append(row)
     if ranks.main:
@@ -216,18 +215,8 @@ def evaluate(config, ranks):
 
 def main(argv=None):
     config = configure(Config, argv, __doc__)
-    ranks = Ranks(pick_device(config.device))
-    try:
+    with ranks_of(pick_device(config.device), "lower batch_size") as ranks:
         evaluate(config, ranks)
-    except torch.OutOfMemoryError as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"error: out of memory ({why}); lower --batch_size") from None
-    except UserError:
-        if int(os.environ.get("LOCAL_RANK", "0")):                       # the first rank of the host says it
-            raise SystemExit(1) from None
-        raise
-    finally:
-        ranks.close()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from configurator import UserError
 
 
 def pick_device(want):
-    """The torch.device of --device, under torchrun this rank's own GPU. auto: CUDA where it is; a Mac works on
-    its CPU. Raises UserError where there is no CUDA to use."""
+    """The torch.device of --device, under torchrun this rank's own GPU. auto: CUDA where it is; a Mac works
+    on its CPU. Raises UserError where there is no CUDA to use."""
     if want == "cpu" or want == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -32,8 +32,7 @@ def pick_device(want):
 
 
 def pick_dtype(want, device):
-    """The torch.dtype of --dtype. auto: float32 on a CPU, bfloat16 on a GPU, float16 on one that only
-    emulates it."""
+    """The torch.dtype of --dtype. auto: float32 on a CPU; bfloat16 on a GPU, float16 if that is emulated."""
     if want == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -70,7 +69,7 @@ class Ranks:
             self.rank, self.world = 0, 0
         missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if not 0 <= self.rank < self.world or self.world > 1 and missing:
-            values = " ".join(f"{k}={os.environ.get(k)}" for k in ("RANK", "WORLD_SIZE", *missing))
+            values = " ".join(f"{k}={os.environ.get(k)}" for k in dict.fromkeys(("RANK", "WORLD_SIZE", *missing)))
             raise UserError(f"error: {values} in the environment do not go together; start several ranks by "
                             "torchrun, or unset these for one process")
         if self.world > 1:                                        # the timeout outlasts rank 0's downloads
@@ -108,6 +107,24 @@ class Ranks:
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def ranks_of(device, remedy):
+    """The Ranks of this process, closed in the end. A user's error is said once a host. So is running out of
+    memory, with this remedy."""
+    ranks = Ranks(device)
+    try:
+        yield ranks
+    except torch.OutOfMemoryError as e:
+        why = str(e).splitlines()[0]
+        raise UserError(f"error: out of memory; {remedy} ({why})") from None
+    except UserError:
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            raise SystemExit(1) from None
+        raise
+    finally:
+        ranks.close()
 
 
 class StopSignals:

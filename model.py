@@ -1,4 +1,5 @@
-""" GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
+"""
+GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
 arXiv 2501.15781; "Eq." below are the paper's).
 
 The *trunk* is GPT-2, frozen. The *path* runs beside it. It takes a noised embedding x_t of the token to
@@ -248,8 +249,7 @@ def scale_input(x_t, t, sigma, kind):
 
 
 class PathBlock(nn.Module):
-    """A block of the path: GPT-2's, but its queries look at the trunk's keys and values, and t modulates
-    it."""
+    """A block of the path: GPT-2's, whose queries look at the trunk's keys and values, modulated by t."""
     def __init__(self, block, config):
         super().__init__()
         C, attn, mlp = block.ln_1.normalized_shape[0], block.attn, block.mlp
@@ -356,8 +356,7 @@ class DiffusionPath(nn.Module):
 
 # -------------------------------------------------------------------------------------------- the pair
 class Context(NamedTuple):
-    """c in the paper: what the trunk has read, and all that predicting the next token at N positions
-    needs."""
+    """c in the paper: all that predicting the next token at N positions needs of what the trunk read."""
     h: torch.Tensor                 # (N, C) the trunk's states there, before the final norm
     token: torch.Tensor             # (N,) the token there, the last of its context
     pos: torch.Tensor               # (N,) its position
@@ -366,8 +365,7 @@ class Context(NamedTuple):
     mask: torch.Tensor = None       # (B, 1, Q, S), True = visible
 
     def select(self, i):
-        """The same for the positions i (n,) only, in their order; rows that hold none of them are left
-        out."""
+        """The same for the positions i (n,) alone, in their order; other rows are left out."""
         B = self.kv[0][0].size(0)
         if self.at is None and self.mask is None:                 # one query a row, which sees every key
             return Context(self.h[i], self.token[i], self.pos[i], [(k[i], v[i]) for k, v in self.kv])

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError, configure, run
-from files import write_file
+from files import lock, write_file
 from tasks import SEED, TASKS, Problem, check_gold, rows
 from tokens import ENDOFTEXT, encode_text, fingerprint, load_tokenizer
 
@@ -116,19 +116,24 @@ def make(name, options, folder):
 def prepare(name, options):
     """Makes the data of a task and prints what it made. What was there stays until the new data is whole."""
     out_dir = Path(os.path.expanduser(options.out_dir or f"data/{name}"))
-    new, made = out_dir / f".new.{os.getpid()}", not out_dir.exists()
+    new, made = out_dir / ".new", not out_dir.exists()
+    held = lock(new)                                         # one at a time; and we may write here
     try:
-        new.mkdir(parents=True, exist_ok=True)               # before the work: may we write here?
+        for path in new.iterdir():                           # of a run that was killed
+            if path.name != "lock":
+                path.unlink()
         report = make(name, options, new)
         (out_dir / "manifest.json").unlink(missing_ok=True)  # from here on it is the new data or none
         for path in sorted(new.iterdir(), key=lambda path: path.name == "manifest.json"):
-            os.replace(path, out_dir / path.name)
+            if path.name != "lock":
+                os.replace(path, out_dir / path.name)
     except BrokenPipeError:
         raise
     except OSError as e:
         raise UserError(f"error: cannot write {e.filename or out_dir}: {e.strerror}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        held.close()
         if made:
             with suppress(OSError):
                 out_dir.rmdir()                              # if nothing has come into it

@@ -35,8 +35,7 @@ class Config(Decoding):
 
 
 def check(config, model, checkpoint):
-    """The number of the label that config names. Raises UserError where config asks for what the model has
-    not."""
+    """The number of the label that config names. UserError where config asks for what there is not."""
     names, out_dir = checkpoint["data"]["label_names"], config.out_dir
     if model.path is None and config.steps > 1:
         raise UserError(f"error: {out_dir} holds a trunk without a path, which has only --steps=1, not "

@@ -76,11 +76,13 @@ def boxed(text):
     return None
 
 
+UNITS = r"(square |cubic )?(units?|degrees?|percent|cents?|dollars?|inch(es)?|feet|foot|miles?|[ckm]m|" \
+        r"((centi|kilo|milli)?met(er|re)|second|minute|hour|day|year)s?)"
 SPELLINGS = [                        # (pattern, replacement), applied one after the other
     (r"(?<!\\)\\[!,;: ]|~|\\(left|right|displaystyle)(?![a-zA-Z])|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°", " "),
     (r"\{,\}", ","), (r"\\[dtc]frac", r"\\frac"), (r"\\(mbox|text[a-z]*|math(rm|bf))\s*\{", r"\\text{"),
     (r"(?<=[^\s]) *\\text\{[^{}]*\}(\^\{?\d\}?)?[ .]*$", ""),           # a unit, such as \text{ cm}^2
-    (r"(?<=\d) +[a-z]{2,}( [a-z]+)*[ .]*$", ""),                        # a unit without \text
+    (rf"(?<=\d) *({UNITS})[ .]*$", ""),                                  # a unit without \text
     (r"\\text\{([^{}]*)\}", r"\1"), (r"(?<=,) +(?=\d{3})", ""), (r"\s+", ""), (r"\.$", ""),
     (r"^[a-zA-Z](=|\\in(?![a-z]))", ""), (r"^\(([A-Z])\)$", r"\1"),     # x=5; the letter of a choice
     (r"\\(frac|sqrt)(\w)", r"\\\1{\2}"), (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})(\w)", r"\1{\2}"),

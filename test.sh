@@ -7,4 +7,5 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
     source .venv/bin/activate
 fi
 python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+python -m ruff check --quiet .
 exec python -m pytest -q "$@"

@@ -1,4 +1,5 @@
-""" Train L2D, or one of its controls, on data made by prepare_data.py.
+"""
+Train L2D, or one of its controls, on data made by prepare_data.py.
 
     python train.py config/l2d_gsm8k.py                                # GPT-2 and GSM8K, one GPU
     torchrun --nproc_per_node=8 train.py                               # the same on eight
@@ -32,19 +33,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import diffusion
-from checkpoint import (
-    Log,
-    check_same_run,
-    load_checkpoint,
-    load_state,
-    load_trunk,
-    open_out_dir,
-    pair_from,
-    save_run,
-)
+from checkpoint import Log, check_same_run, load_path, load_trunk, open_out_dir, pair_from, save_run
 from configurator import UserError, at_least, configure, require
 from configurator import run as run_script
-from machine import Ranks, StopSignals, compiles, pick_device, pick_dtype, use_kernels_for_training
+from machine import StopSignals, compiles, pick_device, pick_dtype, ranks_of, use_kernels_for_training
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
 from prepare_data import batch_of, batches_of_epoch, load_manifest, load_split
 
@@ -158,8 +150,7 @@ def make_model(config, manifest):
     path_config = PathConfig(**{f.name: getattr(config, f.name) for f in fields(PathConfig)})
     path = DiffusionPath(trunk, path_config, manifest["n_labels"]) if config.path_mode != "none" else None
     if path and config.path_from:
-        tensors = load_checkpoint(config.path_from)["model"]
-        load_state(path, {k[5:]: v for k, v in tensors.items() if k.startswith("path.")}, config.path_from)
+        load_path(path, config.path_from)
     return L2D(trunk, path)
 
 
@@ -331,7 +322,7 @@ def train(config, ranks):
     n_targets_of = np.add.reduceat(run.data.mask, run.data.offsets[:-1], dtype=np.int64)   # of each example
     epoch, start, tokens, bad_in_a_row = None, (time.time(), run.step), 0, torch.zeros((), device=device)
     progress = tqdm(total=config.steps, initial=run.step, disable=not (ranks.main and sys.stderr.isatty()))
-    if run.step == 0:
+    if run.saved < 0:                                         # a new run
         evaluate_and_save(run, config, ranks)
 
     while run.step < config.steps:
@@ -383,17 +374,8 @@ def train(config, ranks):
 
 def main(argv=None):
     config = configure(Config, argv, __doc__)
-    ranks = Ranks(pick_device(config.device))
-    try:
+    with ranks_of(pick_device(config.device), "raise grad_accum, or lower batch_size") as ranks:
         train(config, ranks)
-    except torch.OutOfMemoryError as e:
-        raise UserError(f"error: out of memory; raise grad_accum or lower batch_size ({e})"[:300]) from None
-    except UserError:
-        if int(os.environ.get("LOCAL_RANK", 0)):              # the first rank of the host says it
-            raise SystemExit(1) from None
-        raise
-    finally:
-        ranks.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-""" Steps that pay: the end of a chain of links, from a trunk that was taught one link.
+"""
+Steps that pay: the end of a chain of links, from a trunk that was taught one link.
 
     export PYTHONPATH=.
     python experiments/chains.py                            # trunk, L2D, controls of seed 0, table, figure
@@ -95,7 +96,7 @@ def make_model(method, seed):
     trunk = (Looped if "loop" in method else GPT)(TRUNK)
     if method != "trunk":
         if not (OUT / "trunk.pt").exists():
-            raise UserError(f"error: no {OUT / 'trunk.pt'}; make it: python experiments/chains.py --method=trunk")
+            raise UserError(f"error: no {OUT / 'trunk.pt'}; python experiments/chains.py --method=trunk")
         trunk.load_state_dict(torch.load(OUT / "trunk.pt", weights_only=True))
     model = L2D(trunk, DiffusionPath(trunk, PATH, 0) if method == "l2d" else None)
     if method == "lora":
@@ -131,8 +132,8 @@ def train(model, method, seed):
             optimizer.zero_grad()
             mean += (loss.item() - mean) / min(step + 1, 50)
             if (step + 1) % 200 == 0:
-                print(f"{method} seed {seed}, up to {most_links} links: step {step + 1}/{steps}  loss {mean:.4f}  "
-                      f"{time.time() - start:.0f} s", flush=True)
+                print(f"{method} seed {seed}, up to {most_links} links: step {step + 1}/{steps}  "
+                      f"loss {mean:.4f}  {time.time() - start:.0f} s", flush=True)
 
 
 def test(model, seed=TEST_SEED, n=N_TEST, chunk=250):
@@ -167,7 +168,8 @@ def make(method, seed):
 
 def per_sequence(runs, T):
     """Of each sequence, how many answers of all seeds are right."""
-    return [sum(run[T][i + j] for run in runs for j in range(N_ASKED)) for i in range(0, len(runs[0][T]), N_ASKED)]
+    starts = range(0, len(runs[0][T]), N_ASKED)
+    return [sum(run[T][i + j] for run in runs for j in range(N_ASKED)) for i in starts]
 
 
 def interval(a, b, n_seeds):
@@ -185,12 +187,13 @@ def table():
             continue
         links = links or loaded[0]["links"]
         if any(record["links"] != links for record in loaded):
-            raise UserError(f"error: the runs of {method} in {OUT} were tested on other sequences; move them away")
+            raise UserError(f"error: the runs of {method} in {OUT} were tested on other sequences; move them")
         runs = [{int(T): r for T, r in record["right"].items()} for record in loaded]
         groups[method] = {"seeds": [r["seed"] for r in loaded], "runs": runs,
                           "seconds": [r["seconds"] for r in loaded]}
     print(f"answers by links 0 to {MOST_LINKS}: {[links.count(k) for k in range(MOST_LINKS + 1)]}\n")
-    print("| | T | right | each seed | to the T before | gained / lost, p | by links, 0 to 9 |\n" + "|---" * 7 + "|")
+    print("| | T | right | each seed | to the T before | gained / lost, p | by links, 0 to 9 |")
+    print("|---" * 7 + "|")
     result = {}
     for method, group in groups.items():
         runs, before, rows = group["runs"], None, []
@@ -203,8 +206,8 @@ def table():
                 a, b = per_sequence(runs, before), per_sequence(runs, T)
                 (mean, half), (gained, lost, p) = interval(a, b, len(runs)), mcnemar(a, b)
                 versus = [f"{mean:+.4f} ± {half:.4f}", f"{gained} / {lost}, {p:.2g}"]
-            cells = [METHODS[method], str(T), f"{sum(each) / len(each):.3f}", ", ".join(f"{x:.3f}" for x in each),
-                     *versus, " ".join(f"{x:.2f}" for x in by_links)]
+            cells = [METHODS[method], str(T), f"{sum(each) / len(each):.3f}",
+                     ", ".join(f"{x:.3f}" for x in each), *versus, " ".join(f"{x:.2f}" for x in by_links)]
             print(f"| {' | '.join(cells)} |")
             rows.append({"steps": T, "right": each, "by_links": by_links, "versus_before": versus})
             before = T

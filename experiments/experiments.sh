@@ -34,7 +34,7 @@ for s in "" _s1 _s2; do
     on test demo_l2d$s --steps=1,3,15 --solver=midpoint
     on test demo_l2d$s --steps=1,3,15 --solver=heun
     on test demo_l2d$s --steps=1,8,32 --solver=adaptive
-    on test demo_l2d$s --steps=1,16 --stop=0.9
+    on test demo_l2d$s --steps=1,16 --stop=0.1
     on test demo_l2d$s --steps=1,2,4,16 --temperature=1
     on test demo_l2d$s --steps=1,3,15 --temperature=1 --solver=midpoint --t_end=1       # the paper's protocol
     on test demo_l2d$s --steps=3,15 --temperature=1 --t_end=1                       # the same times by Euler
@@ -58,7 +58,7 @@ for s in "" _s1 _s2; do
         on val demo_l2d$s --steps=4 --guidance=$guidance --label="3 steps"    # wrong for about half
     done
     # choices at inference
-    for option in "" --guess=mean --guess=sample "--t_begin=0.5 --t_end=0.9" --t_end=1; do
+    for option in "" --guess=mean --guess=sample "--t_hold=0.5 --t_end=0.9" --t_end=1; do
         on val demo_l2d$s --steps=4,16 $option
     done
 done

@@ -109,11 +109,11 @@ def test_command_line(arg, name, value):
     ("--compile=yes", "--compile is 'yes', expected True or False"),
     ("--solver=huen", "--solver is 'huen', expected one of euler, midpoint, heun; did you mean heun?"),
     ("--solver=", "--solver is '', expected one of euler, midpoint, heun"),
-    ("-b", "'-b' is neither --key=value nor a config file such as config/x.py (see --help)"),
-    ("-x.py", "'-x.py' is neither --key=value nor a config file such as config/x.py (see --help)"),
-    ("batch_size=3", "'batch_size=3' is neither --key=value nor a config file such as config/x.py (see --help)"),
-    ("config", "'config' is neither --key=value nor a config file such as config/x.py (see --help)"),
-    ("", "'' is neither --key=value nor a config file such as config/x.py (see --help)"),
+    ("-b", "'-b' is neither --key=value nor a config file, x.py (see --help)"),
+    ("-x.py", "'-x.py' is neither --key=value nor a config file, x.py (see --help)"),
+    ("batch_size=3", "'batch_size=3' is neither --key=value nor a config file, x.py (see --help)"),
+    ("config", "'config' is neither --key=value nor a config file, x.py (see --help)"),
+    ("", "'' is neither --key=value nor a config file, x.py (see --help)"),
 ])
 def test_command_line_errors(arg, line):
     assert cli_error(arg) == "error: " + line

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -413,6 +414,54 @@ def test_a_disk_that_fills_leaves_the_old_data_and_one_line(own):
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: cannot write {out_dir}")
     assert contents(out_dir) == before and len(list(out_dir.iterdir())) == len(before)
+
+
+def test_two_preparations_into_one_folder_are_one_too_many(own):
+    """The second says whose the folder is, and spoils nothing; one that was killed leaves nothing behind."""
+    command, out_dir = own
+    main(command)
+    before = contents(out_dir)
+    code = "import prepare_data, time\n" \
+           "prepare_data.make = lambda *words: (print('here', flush=True), time.sleep(60))\n" \
+           f"prepare_data.main({command})"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"here\n"
+        (out_dir / ".new/half.npz").write_text("half")
+        assert f"is in use by process {other.pid}" in error(*command)
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    main(command)
+    assert contents(out_dir) == before
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_what_was_there(own, stop):
+    """Ctrl-C: one line, status 130 and no leftover."""
+    command, out_dir = own
+    main(command)
+    before = contents(out_dir)
+    code = "import configurator, prepare_data, time\n" \
+           "prepare_data.check_gold = lambda p: (print('here', flush=True), time.sleep(60))\n" \
+           f"configurator.run(lambda: prepare_data.main({command}))"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    assert other.stdout.readline() == b"here\n"
+    other.send_signal(stop)
+    _, stderr = other.communicate(timeout=20)
+    if stop == signal.SIGINT:
+        assert other.returncode == 130 and stderr.count(b"\n") == 1 and contents(out_dir) == before
+    main(command)
+    assert contents(out_dir) == before
+
+
+def test_a_closed_pipe_ends_quietly():
+    for words in ("--help", "arithmetic --help"):
+        done = subprocess.run(f"{sys.executable} prepare_data.py {words} | head -1", shell=True, cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
 def test_a_failure_leaves_no_new_folder(own):

@@ -83,7 +83,7 @@ EXAMPLES = int(os.environ.get("DRAFT_EXAMPLES", 60))              # more of them
 HOW = st.fixed_dictionaries({}, optional=dict(
     solver=st.sampled_from([*SOLVERS, "adaptive"]), guess=st.sampled_from(["argmax", "sample", "mean"]),
     temperature=st.sampled_from([0.0, 0.7, 1.5]), top_k=st.integers(0, 5), guidance=st.sampled_from([1.0, 2.5]),
-    stop=st.sampled_from([0.0, 0.3, 0.8]), times=st.sampled_from([{}, dict(t_end=0.8), dict(t_end=1.0), dict(t_begin=0.5, t_end=0.9)]),
+    stop=st.sampled_from([0.0, 0.3, 0.8]), times=st.sampled_from([{}, dict(t_end=0.8), dict(t_end=1.0), dict(t_hold=0.5, t_end=0.9)]),
     guide_last=st.booleans()))
 PROMPT = st.lists(st.integers(0, 12), min_size=1, max_size=10)
 
@@ -109,7 +109,7 @@ def test_drafts_change_no_token(pair, how, steps, rows, draft, n, seed, eot):
         assert output.predicted <= n and len(prompt) + output.predicted <= 19
 
 
-@pytest.mark.parametrize("draft, setting", [(8, "trunk sampled"), (0, "euler"), (8, "midpoint odd"), (8, "relaxed"),
+@pytest.mark.parametrize("draft, setting", [(8, "trunk sampled"), (0, "euler"), (8, "midpoint odd"), (8, "fixed_point"),
                                             (8, "sampled guesses"), (0, "adaptive stop"), (8, "stop"),
                                             (8, "guidance adaptive")])
 def test_a_ragged_batch_is_each_row_alone(model, setting, draft):
@@ -135,7 +135,7 @@ def test_many_rows_are_each_row_alone(model):
 
 def test_an_end_of_text_inside_a_draft_ends_it(model):
     """The token most often written is made the end of text: what follows it in the draft is never kept."""
-    for setting in ("euler", "temperature", "relaxed"):
+    for setting in ("euler", "temperature", "fixed_point"):
         free = Decoding(max_new_tokens=9, draft=9, **SETTINGS[setting])
         written = [t for o in generate(model, PROMPTS, -1, free, LABELS) for t in o.tokens]
         eot = max(set(written), key=written.count)
@@ -291,7 +291,7 @@ def test_the_noise_of_a_row_is_the_same_for_every_number_of_steps():
 # --------------------------------------------------------------------------------------------- trace, stop
 @pytest.mark.parametrize("draft", [0, 6])
 def test_the_trace_has_an_entry_for_every_evaluation(model, draft):
-    for setting in ("trunk", "euler", "midpoint", "heun", "relaxed", "adaptive", "stop"):
+    for setting in ("trunk", "euler", "midpoint", "heun", "fixed_point", "adaptive", "stop"):
         config = Decoding(max_new_tokens=6, draft=draft, seed=4, **SETTINGS[setting])
         for o in generate(model, PROMPTS, EOT, config, LABELS, trace=True):
             assert len(o.trace) == o.predicted
@@ -308,9 +308,7 @@ def test_the_trace_has_an_entry_for_every_evaluation(model, draft):
 def test_stopping_early_saves_path_calls(model):
     def run(stop):
         return generate(model, PROMPTS, -1, Decoding(steps=12, max_new_tokens=8, draft=4, stop=stop), LABELS)
-    never, likely, always = run(0.999999), run(0.5), run(1e-9)
-    assert list(map(text_of, never)) == list(map(text_of, run(0.0)))
-    calls = [sum(o.nfe for o in outputs) for outputs in (never, likely, always)]
+    calls = [sum(o.nfe for o in outputs) for outputs in (run(0.0), run(0.2), run(0.99))]
     assert calls[0] == 11 * 8 * 5 and calls[0] > calls[1] > calls[2] >= 8 * 5
 
 

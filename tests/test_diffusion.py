@@ -15,7 +15,7 @@ from diffusion import (Denoiser, Sampler, Tables, adaptive, algorithm_1, choose,
                        sample_t, teacher_forced, time_grid, velocity)
 from model import L2D, PathConfig
 
-SOLVERS = ("euler", "midpoint", "heun", "relaxed")
+SOLVERS = ("euler", "midpoint", "heun", "fixed_point")
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,10 @@ def test_t_and_x_0_are_independent_and_x_0_has_standard_deviation_sigma():
 
 
 def test_unrolled_times_are_a_time_grid_of_one_to_so_many_calls():
-    drawn = [draw_times(5, 0.5, 0.9, generator(i)) for i in range(400)]
+    drawn = [draw_times(5, 0.9, 0.5, generator(i)) for i in range(400)]
     counts = [len(times) - 1 for times in drawn]
     assert set(counts) == {1, 2, 3, 4, 5}
-    assert all(times == time_grid(n, 0.5, 0.9) for n, times in zip(counts, drawn))
+    assert all(times == time_grid(n, 0.9, 0.5) for n, times in zip(counts, drawn))
     share = [math.log((n + 1) / n) / math.log(6) for n in range(1, 6)]    # uniform in the logarithm of the calls
     assert all(abs(counts.count(n) / 400 - share[n - 1]) < 0.08 for n in range(1, 6))
 
@@ -107,19 +107,19 @@ class Field:
         return x
 
 
-def run(field, x_0, steps, solver, t_end=0.0, t_begin=0.0, **more):
+def run(field, x_0, steps, solver, t_end=0.0, t_hold=0.0, **more):
     """x at the time of the last evaluation, and that time; by the one Algorithm 1."""
     f = field if isinstance(field, Field) else Field(field)
-    sampler = Sampler(steps=steps, solver=solver, t_end=t_end, t_begin=t_begin, **more)
+    sampler = Sampler(steps=steps, solver=solver, t_end=t_end, t_hold=t_hold, **more)
     return algorithm_1(f, x_0, *sampler.plan(x_0)), f.read_at
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("t_begin, t_end", [(0.0, 0.0), (0.0, 0.3), (0.0, 1.0), (0.2, 0.9), (0.6, 1.0)])
-def test_a_constant_guess_gives_the_straight_line(solver, t_begin, t_end):
+@pytest.mark.parametrize("t_hold, t_end", [(0.0, 0.0), (0.0, 0.3), (0.0, 1.0), (0.2, 0.9), (0.6, 1.0)])
+def test_a_constant_guess_gives_the_straight_line(solver, t_hold, t_end):
     x_0, x_1 = 64 * torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     for steps in range(2, 18):
-        x, t = run(lambda x, t: x_1, x_0, steps, solver, t_end, t_begin)
+        x, t = run(lambda x, t: x_1, x_0, steps, solver, t_end, t_hold)
         assert t == pytest.approx(t_end or min(1 - 1 / steps, 0.9375), abs=1e-12)
         torch.testing.assert_close(x, (1 - t) * x_0 + t * x_1, atol=1e-9, rtol=1e-9)
         if t_end == 1:
@@ -129,30 +129,25 @@ def test_a_constant_guess_gives_the_straight_line(solver, t_begin, t_end):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("t_begin, t_end", [(0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (0.1, 0.9), (0.5, 1.0)])
-def test_a_solver_spends_the_evaluations_it_is_given(solver, t_begin, t_end):
+@pytest.mark.parametrize("t_hold, t_end", [(0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (0.1, 0.9), (0.5, 1.0)])
+def test_a_solver_spends_the_evaluations_it_is_given(solver, t_hold, t_end):
     for steps in range(2, 18):
         f = Field(lambda x, t: torch.sin(x))
-        x, t = run(f, torch.ones(2, 3), steps, solver, t_end, t_begin)
+        x, t = run(f, torch.ones(2, 3), steps, solver, t_end, t_hold)
         saved = solver == "heun" and t_end == 1 and steps > 2     # its last slope would be the one at t = 1
         assert len(f.times) + 1 == steps - saved                  # the last evaluation is the one that is read
         assert f.times[0] == 0 and f.times == sorted(f.times) and f.times[-1] < 1
         assert torch.isfinite(x).all() and f.times[-1] <= t
 
 
-def test_time_grid_is_even_and_ends_exactly():
+def test_time_grid_is_even_or_holds_and_ends_exactly():
     for n in (1, 2, 3, 10, 16):
         for t_end in (0.1, 0.9, 1 - 1 / 16, 1.0):
-            torch.testing.assert_close(torch.tensor(time_grid(n, 0.0, t_end)), torch.linspace(0, t_end, n + 1))
-            for t_begin in (0.0, 0.03, 0.1):
-                times = time_grid(n, t_begin, t_end)
-                assert times[0] == 0 and times[-1] == t_end and len(times) == n + 1       # never past 1
-                if t_begin and n > 1:
-                    even = torch.linspace(t_begin, t_end, n)      # the path calls; at 0 the trunk is asked
-                    torch.testing.assert_close(torch.tensor(times[1:]), even)
-                assert times == sorted(times)
-    assert time_grid(0, 0.0, 0.5) == [0.0] and time_grid(3, 0.9, 0.9) == [0.0, 0.9, 0.9, 0.9]
-    assert Sampler(steps=1, t_begin=0.5, t_end=0.9).plan(None)[0] == [0.0]
+            torch.testing.assert_close(torch.tensor(time_grid(n, t_end)), torch.linspace(0, t_end, n + 1))
+            assert time_grid(n, t_end)[-1] == t_end               # never past 1
+            assert time_grid(n, t_end, 0.07) == [0.0] + [0.07] * (n - 1) + [t_end]
+    assert time_grid(0, 0.5) == time_grid(0, 0.5, 0.2) == [0.0]
+    assert Sampler(steps=1, t_hold=0.5, t_end=0.9).plan(None)[0] == [0.0]
 
 
 SIGMA, MEAN, STD = 4.0, 1.5, 0.7
@@ -193,25 +188,25 @@ def test_a_solver_converges_with_its_order(solver, order):
         assert all(abs(slope - expected) < 0.15 for slope in slopes[1:]), slopes
 
 
-def test_relaxed_with_eulers_own_weight_is_euler():
+def test_fixed_point_with_eulers_own_weight_is_euler():
     """(b - a) / ((1 - a) b) at every step; on a guess that travels, with every grid."""
     x_0 = 4 * torch.randn(6, 3, generator=generator(), dtype=torch.float64)
-    for times in (time_grid(7, 0.0, 0.9), time_grid(5, 0.3, 1.0), [0.0, 0.2, 0.25, 0.9]):
-        def relaxed(dx, x, a, b):
-            return diffusion.relaxed_step(dx, x, a, b, x_0, (b - a) / ((1 - a) * b))
+    for times in (time_grid(7, 0.9), time_grid(5, 1.0, 0.3), [0.0, 0.2, 0.25, 0.9]):
+        def fixed_point(dx, x, a, b):
+            return diffusion.fixed_point_step(dx, x, a, b, x_0, (b - a) / ((1 - a) * b))
         euler, other = Field(wave_denoiser), Field(wave_denoiser)
         expected = algorithm_1(euler, x_0, times)
-        torch.testing.assert_close(algorithm_1(other, x_0, times, relaxed), expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(algorithm_1(other, x_0, times, fixed_point), expected, atol=1e-9, rtol=1e-9)
         assert other.times == euler.times == times[:-1]
 
 
-def test_relaxed_moves_the_mean_guess_by_its_weight():
+def test_fixed_point_moves_the_mean_guess_by_its_weight():
     """x_t = (1 - t) x_0 + t m, where m starts at the first guess and moves by `weight` at every later one."""
     x_0 = 4 * torch.randn(6, 3, generator=generator(), dtype=torch.float64)
     guesses = torch.randn(8, 6, 3, generator=generator(1), dtype=torch.float64)
     for weight in (0.25, 0.6, 1.0):
         given = iter(guesses)
-        x, t = run(lambda x, t: next(given), x_0, 9, "relaxed", weight=weight)
+        x, t = run(lambda x, t: next(given), x_0, 9, "fixed_point", weight=weight)
         m = guesses[0]
         for guess in guesses[1:]:
             m = m + weight * (guess - m)
@@ -332,13 +327,13 @@ def test_nll_without_a_path_or_at_t_0_is_the_trunks_cross_entropy(model):
 def test_training_through_algorithm_1_sees_the_samplers_logits(model):
     """nll with times, against teacher_forced: the logits of sampling."""
     idx, at, y, label = example()
-    for steps, t_begin, t_end, weight in ((2, 0.0, 0.99, 0), (3, 0.0, 0.9, 0.4), (6, 0.5, 15 / 16, 0), (5, 0.6, 0.9, 1)):
-        how = dict(solver="relaxed", weight=weight) if weight else {}
-        sampler = Sampler(steps=steps, guess="mean", t_begin=t_begin, t_end=t_end, **how)
+    for steps, t_hold, t_end, weight in ((2, 0.0, 0.99, 0), (3, 0.0, 0.9, 0.4), (6, 0.5, 15 / 16, 0), (5, 0.6, 0.9, 1)):
+        how = dict(solver="fixed_point", weight=weight) if weight else {}
+        sampler = Sampler(steps=steps, guess="mean", t_hold=t_hold, t_end=t_end, **how)
         logits, _ = teacher_forced(model, idx, at, sampler, generator(3), label)
         config = model.path.config
         x_0 = config.sigma * torch.randn(len(y), config.x_dim, generator=generator(3))
-        unroll = time_grid(steps - 1, t_begin, t_end), weight
+        unroll = time_grid(steps - 1, t_end, t_hold), weight
         losses = nll(model, idx, at, y, label, x_0=x_0, unroll=unroll)
         torch.testing.assert_close(losses, F.cross_entropy(logits, y, reduction="none"), atol=1e-4, rtol=1e-4)
 
@@ -348,7 +343,7 @@ def test_the_gradient_goes_through_every_step_of_algorithm_1(model, weight):
     """Against finite differences along itself; and the first of four steps has a share in it."""
     idx, at, y, label = example()
     model, x_0 = copy.deepcopy(model), 2.0 * torch.randn(len(y), 8, generator=generator(3))
-    times = time_grid(3, 0.5, 0.9)
+    times = time_grid(3, 0.9, 0.5)
 
     def loss():
         return nll(model, idx, at, y, label, x_0=x_0, unroll=(times, weight)).sum()
@@ -389,24 +384,24 @@ def test_the_gradient_of_a_batch_is_the_sum_over_its_unequal_parts(trainable):
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 SETTINGS = {
     "trunk": dict(steps=1), "trunk sampled": dict(steps=1, temperature=1.0, top_k=5),
-    "two": dict(steps=2), "euler": dict(steps=8), "euler late": dict(steps=7, t_begin=0.5, t_end=0.9),
+    "two": dict(steps=2), "euler": dict(steps=8), "euler late": dict(steps=7, t_hold=0.5, t_end=0.9),
     "many": dict(steps=17), "euler to 1": dict(steps=5, t_end=1.0),
-    "midpoint": dict(steps=9, solver="midpoint"), "midpoint odd": dict(steps=6, solver="midpoint", t_begin=0.4, t_end=0.95),
+    "midpoint": dict(steps=9, solver="midpoint"), "midpoint odd": dict(steps=6, solver="midpoint", t_hold=0.4, t_end=0.95),
     "midpoint to 1": dict(steps=15, solver="midpoint", t_end=1.0), "heun": dict(steps=7, solver="heun"),
-    "heun to 1": dict(steps=8, solver="heun", t_end=1.0), "relaxed": dict(steps=8, solver="relaxed"),
-    "relaxed late": dict(steps=6, solver="relaxed", weight=0.3, t_begin=0.6, t_end=0.9, guess="mean"),
+    "heun to 1": dict(steps=8, solver="heun", t_end=1.0), "fixed_point": dict(steps=8, solver="fixed_point"),
+    "fixed_point late": dict(steps=6, solver="fixed_point", weight=0.3, t_hold=0.6, t_end=0.9, guess="mean"),
     "adaptive": dict(steps=12, solver="adaptive", tol=0.3),
     "adaptive short": dict(steps=4, solver="adaptive", tol=0.05),
     "adaptive to 1": dict(steps=12, solver="adaptive", tol=0.5, t_end=1.0),
-    "stop": dict(steps=8, stop=0.3), "sampled stop": dict(steps=8, stop=0.1, guess="sample"),
-    "stop midpoint": dict(steps=9, solver="midpoint", stop=0.2),
-    "stop relaxed": dict(steps=9, solver="relaxed", stop=0.2),
+    "stop": dict(steps=8, stop=0.5), "sampled stop": dict(steps=8, stop=0.1, guess="sample"),
+    "stop midpoint": dict(steps=9, solver="midpoint", stop=0.3),
+    "stop fixed_point": dict(steps=9, solver="fixed_point", stop=0.2, guess="mean"),
     "adaptive stop": dict(steps=12, solver="adaptive", stop=0.3),
     "temperature": dict(steps=6, temperature=0.8),
     "sampled guesses": dict(steps=6, guess="sample", temperature=1.0, top_k=7),
     "sampled adaptive": dict(steps=9, solver="adaptive", guess="sample", tol=0.5),
     "mean": dict(steps=6, solver="heun", guess="mean"), "guidance": dict(steps=6, guidance=2.5),
-    "guidance stop": dict(steps=6, guidance=2.5, stop=0.3, solver="midpoint"),
+    "guidance stop": dict(steps=6, guidance=2.5, stop=0.9, solver="midpoint"),
     "guidance adaptive": dict(steps=6, guidance=1.5, solver="adaptive")}
 
 
@@ -502,7 +497,7 @@ def test_choose_follows_the_probabilities():
     assert choose(logits.expand(2, 6), ends, 1.0, 2).tolist() == [3, 5]
 
 
-@pytest.mark.parametrize("setting", ["trunk", "euler", "midpoint odd", "heun", "relaxed", "adaptive", "guidance",
+@pytest.mark.parametrize("setting", ["trunk", "euler", "midpoint odd", "heun", "fixed_point", "adaptive", "guidance",
                                      "stop", "adaptive stop", "mean"])
 def test_teacher_forced_is_the_naive_algorithm_1_at_every_target(model, setting):
     sampler, (idx, at, y, label) = Sampler(**SETTINGS[setting]), example()
@@ -524,8 +519,8 @@ def test_teacher_forced_without_labels_means_no_label(model):
     torch.testing.assert_close(none, last, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [dict(steps=0), dict(t_end=-0.1), dict(t_end=1.1), dict(t_begin=-0.1), dict(t_begin=0.5), dict(tol=0.0),
-                                   dict(stop=1.0), dict(stop=-0.1), dict(temperature=-1.0), dict(top_k=-1),
+@pytest.mark.parametrize("wrong", [dict(steps=0), dict(t_end=-0.1), dict(t_end=1.1), dict(t_hold=-0.1), dict(t_hold=0.5), dict(tol=0.0),
+                                   dict(stop=-0.1), dict(temperature=-1.0), dict(top_k=-1),
                                    dict(weight=0.0), dict(weight=1.5)])
 def test_settings_out_of_range_are_refused(wrong):
     ((name, value),) = wrong.items()

@@ -3,12 +3,13 @@ import re
 
 import pytest
 import torch
+from helpers import error_of, says, script
 
 import sample
-from diffusion import Sampler, generate
-from model import DiffusionPath, load_checkpoint, model_from_checkpoint
-from prepare_data import load_tokenizer
-from test_train import arithmetic, encoding, l2d, trunk, wild  # noqa: F401  (fixtures)
+from checkpoint import load, load_checkpoint, pair_from
+from decode import Decoding, Generated, generate
+from model import DiffusionPath
+from tokens import load_tokenizer
 
 PROMPT = "Tom has 3 apples. Then he buys 4 more. How many apples does Tom have now?"
 
@@ -26,9 +27,10 @@ def run(wild, capsys):
 
 
 def numbers(last):
-    """Tokens, NFE, tokens/s of the last line."""
-    found = re.search(r": (\d+) tokens, NFE (\d+\.\d+) path calls per token, (\d+\.\d) tokens/s$", last)
-    return int(found[1]), float(found[2]), float(found[3])
+    """Of the last line: tokens, NFE, path calls computed per token, tokens a round, tokens/s."""
+    found = re.search(r": (\d+) tokens, NFE (\d+\.\d+) path calls per token \((\d+\.\d+) computed, (\d+\.\d) tokens "
+                      r"a round\), (\d+\.\d) tokens/s$", last)
+    return int(found[1]), *(float(x) for x in found.groups()[1:])
 
 
 def logits_by_hand(gpt, ids):
@@ -44,10 +46,14 @@ def greedy_by_hand(gpt, ids, n, eot):
     return new
 
 
-def test_one_step_is_the_trunk(run, wild, encoding):
-    """steps=1 writes the argmax of the trunk's own forward, token by token; more steps write something else."""
-    gpt = model_from_checkpoint(load_checkpoint(wild / "best.pt"), "wild").trunk
-    prompt = encoding.encode_ordinary(f"Question: {PROMPT}\nAnswer:")
+@pytest.fixture
+def prompt(encoding):
+    return encoding.encode_ordinary(f"Question: {PROMPT}\nAnswer:")
+
+
+def test_one_step_is_the_trunk(run, wild, encoding, prompt):
+    """steps=1 writes the argmax of the trunk's own forward; more steps write something else."""
+    gpt = pair_from(load_checkpoint(wild / "best.pt"), "wild").trunk
     want = greedy_by_hand(gpt, prompt, 24, encoding.eot_token)
     (text,), last = run("--steps=1")
     assert text == encoding.decode(prompt + want) + "  [cut: no end of text]"
@@ -56,58 +62,70 @@ def test_one_step_is_the_trunk(run, wild, encoding):
     assert other != text                                          # so the equality above says something
 
 
-def test_one_step_is_the_trunks_checkpoint(run, trunk, l2d, encoding):
+def test_one_step_is_the_checkpoint_of_the_trunk(run, trunk, l2d, encoding, prompt):
     """Training a path beside a trunk leaves what the trunk writes as it was."""
-    gpt = model_from_checkpoint(load_checkpoint(trunk / "last.pt"), "trunk").trunk
-    prompt = encoding.encode_ordinary(f"Question: {PROMPT}\nAnswer:")
+    gpt = pair_from(load_checkpoint(trunk / "last.pt"), "trunk").trunk
     logits = logits_by_hand(gpt, prompt)
-    assert len(set(run("--steps=1", "--num_samples=8", "--temperature=1", out_dir=l2d)[0])) == 8
-    texts = [run("--steps=1", "--num_samples=8", "--temperature=1", out_dir=out_dir)[0] for out_dir in (l2d, trunk)]
-    assert texts[0] == texts[1]
-    assert run("--steps=1", out_dir=l2d, n=1)[0][0].startswith(encoding.decode(prompt + greedy_by_hand(gpt, prompt, 1, encoding.eot_token)))
-    model, _, _ = sample.load(str(l2d), "best")
-    assert torch.equal(logits_by_hand(model.trunk, prompt), logits)
+    sampled = ("--steps=1", "--num_samples=8", "--temperature=1")
+    texts = [run(*sampled, out_dir=out_dir)[0] for out_dir in (l2d, trunk)]
+    assert texts[0] == texts[1] and len(set(texts[0])) == 8
+    first = greedy_by_hand(gpt, prompt, 1, encoding.eot_token)
+    assert run("--steps=1", out_dir=l2d, n=1)[0][0].startswith(encoding.decode(prompt + first))
+    assert torch.equal(logits_by_hand(load(str(l2d))[0].trunk, prompt), logits)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Positions of each call of the path."""
+    calls, forward = [], DiffusionPath.forward
+    def counted(self, x_t, *rest):
+        calls.append(len(x_t))
+        return forward(self, x_t, *rest)
+    monkeypatch.setattr(DiffusionPath, "forward", counted)
+    return calls
 
 
 @pytest.mark.parametrize("args, nfe", [
-    *[([f"--solver={solver}", f"--steps={T}"], T - 1) for solver in ("euler", "midpoint", "heun") for T in (2, 5, 6)],
-    (["--guidance=2", "--label=1", "--steps=4"], 2 * 2 + 1),      # the last call is read for its logits, with the label
-    (["--t_end=1", "--solver=midpoint", "--steps=5"], 4), (["--guess=mean", "--shift=3", "--steps=5"], 4)])
-def test_path_calls(args, nfe, run, monkeypatch):
-    calls, forward = [], DiffusionPath.forward
-    monkeypatch.setattr(DiffusionPath, "forward", lambda self, x_t, *rest: (calls.append(len(x_t)), forward(self, x_t, *rest))[1])
-    (text,), last = run(*args, n=6)
-    tokens, said, speed = numbers(last)
-    assert said == nfe and sum(calls) == nfe * tokens and tokens == 6 and speed > 0
+    *[([f"--solver={solver}", f"--steps={T}"], T - 1) for solver in ("euler", "midpoint", "fixed_point") for T in (2, 6)],
+    (["--guidance=2", "--label=2 steps", "--steps=4"], 2 * 2 + 1),    # the last is read with the label alone
+    (["--guidance=2", "--label=2 steps", "--steps=4", "--guide_last"], 2 * 3),
+    (["--guidance=2", "--label=2 steps", "--steps=2", "--guide_last"], 2),
+    (["--t_end=1", "--solver=midpoint", "--steps=5"], 4), (["--guess=mean", "--t_hold=.5", "--t_end=.9", "--steps=5"], 4)])
+def test_nfe_counts_the_path_calls_of_the_tokens_kept(args, nfe, run, calls):
+    """Without drafts all that are made; with them as many, and what was computed is said beside."""
+    (text,), last = run(*args, "--draft=0", n=6)
+    tokens, said, computed, a_round, speed = numbers(last)
+    assert said == computed == nfe and sum(calls) == nfe * tokens and (tokens, a_round) == (6, 1) and speed > 0
+    calls.clear()
+    (drafted,), last = run(*args, "--draft=6", n=6)
+    tokens, said, computed, a_round, _ = numbers(last)
+    assert drafted == text and said == nfe and sum(calls) / tokens == pytest.approx(computed, abs=0.006)
 
 
-def test_adaptive_counts_its_calls(run, monkeypatch):
-    calls, forward = [], DiffusionPath.forward
-    monkeypatch.setattr(DiffusionPath, "forward", lambda self, x_t, *rest: (calls.append(len(x_t)), forward(self, x_t, *rest))[1])
-    _, last = run("--solver=adaptive", "--steps=12", "--tol=0.5")
-    tokens, nfe, _ = numbers(last)
-    assert abs(sum(calls) / tokens - nfe) < 0.006 and 1 <= nfe <= 11
+def test_the_adaptive_solver_counts_its_calls(run, calls):
+    _, last = run("--solver=adaptive", "--steps=12", "--tol=0.5", "--draft=0")
+    tokens, nfe, computed, _, _ = numbers(last)
+    assert abs(sum(calls) / tokens - nfe) < 0.006 and 1 <= nfe <= 11 and computed == nfe
 
 
-def test_samples_and_seed(run):
+def test_samples_depend_on_the_seed_alone(run):
     args = ["--num_samples=3", "--temperature=1", "--steps=3"]
     texts, last = run(*args, "--seed=5")
     assert len(set(texts)) == 3 and all(text.startswith(f"Question: {PROMPT}\nAnswer:") for text in texts)
     assert run(*args, "--seed=5")[0] == texts
     assert not set(run(*args, "--seed=6")[0]) & set(texts)
-    assert run("--num_samples=2", *args[1:], "--seed=5")[0] == texts[:2]      # a sample does not depend on how many follow
+    assert run("--num_samples=2", *args[1:], "--seed=5")[0] == texts[:2]      # not on how many follow
     greedy, _ = run("--num_samples=3", "--steps=1")
     assert len(set(greedy)) == 1
     assert run("--temperature=1", "--top_k=1", "--steps=1")[0] == greedy[:1]
+    run("--steps=2", f"--seed={10 ** 15}", n=2)                   # its product with a prime leaves 64 bits
 
 
-def test_top_k_and_temperature(wild, encoding):
-    """Every sampled token is among the trunk's best k; at a low temperature it is the best."""
-    model, _, _ = sample.load(str(wild), "best")
-    prompt, eot = encoding.encode_ordinary(f"Question: {PROMPT}\nAnswer:"), encoding.eot_token
+def test_top_k_and_temperature_bound_the_rank_of_a_sampled_token(wild, encoding, prompt):
+    model, _, _ = load(str(wild))
     def ranks(**options):
         found = []
-        for o in generate(model, [prompt] * 4, eot, 20, Sampler(steps=1, **options), seed=1):
+        for o in generate(model, [prompt] * 4, encoding.eot_token, Decoding(steps=1, max_new_tokens=20, seed=1, **options)):
             for i, y in enumerate(o.tokens):
                 logits = logits_by_hand(model.trunk, prompt + o.tokens[:i])
                 found.append((logits > logits[y]).sum().item())
@@ -117,63 +135,85 @@ def test_top_k_and_temperature(wild, encoding):
     assert max(ranks(temperature=1e-3)) == 0
 
 
-def test_guidance_and_label(run):
-    """The label and the strength of the guidance are seen in the text; strength 1 and label -1 change nothing."""
-    text = lambda *args: run("--steps=8", *args)[0][0]
-    none, one, two = text(), text("--label=1"), text("--label=2")
-    assert len({none, one, two, text("--label=1", "--guidance=3"), text("--label=1", "--guidance=0.5")}) == 5
-    assert text("--label=-1") == none and text("--label=1", "--guidance=1") == one
-    assert text("--label=1", "--guidance=0") != one               # inside, no label; the last call still has it
+def test_label_and_guidance_are_seen_in_the_text(run):
+    """Labels by name; a strength of 1 changes nothing, without a label there is none."""
+    def text(*args):
+        return run("--steps=8", *args)[0][0]
+    none, one, two = text(), text("--label=2 steps"), text("--label=3 steps")
+    guided = text("--label=2 steps", "--guidance=3"), text("--label=2 steps", "--guidance=0.5")
+    assert len({none, one, two, *guided}) == 5
+    assert text("--label=") == none and text("--label=2 steps", "--guidance=1") == one
+    assert text("--label=2 steps", "--guidance=0") != one         # inside, no label; the last call still has it
 
 
-def test_trace(run, wild, encoding):
-    """A line a token: its guesses as generate gives them, and a star where the trunk alone would have said another."""
-    (shown,), last = run("--steps=8", "--trace", n=60)
-    model, _, _ = sample.load(str(wild), "best")
-    prompt = encoding.encode_ordinary(f"Question: {PROMPT}\nAnswer:")
-    (o,) = generate(model, [prompt], encoding.eot_token, 60, Sampler(steps=8), trace=True)
+@pytest.mark.parametrize("draft", [0, 16])
+def test_the_trace_shows_each_tokens_guesses(run, wild, encoding, prompt, draft):
+    """A line a token, its guesses as generate gives them; a star where the trunk would have said another."""
+    (shown,), last = run("--steps=8", "--trace", f"--draft={draft}", n=40)
+    model, _, _ = load(str(wild))
+    config = Decoding(steps=8, max_new_tokens=40, draft=draft)
+    (o,) = generate(model, [prompt], encoding.eot_token, config, trace=True)
     text = encoding.decode(prompt + o.tokens) + ("" if o.ended else "  [cut: no end of text]")
     assert shown.startswith(text + "\n")
     header, *lines = shown.removeprefix(text + "\n").split("\n")
     tokens = o.tokens + [encoding.eot_token] * o.ended
     assert len(lines) == len(tokens) == o.predicted and "guess" in header
-    stars = 0
+    def written(y):
+        return repr(encoding.decode([y]))[1:-1]
     for i, (line, token) in enumerate(zip(lines, tokens)):
         logits = logits_by_hand(model.trunk, prompt + tokens[:i])
         trunk_guess, p = logits.argmax().item(), logits.softmax(-1).max().item()
-        written = lambda y: repr(encoding.decode([y]))[1:-1]
         assert line[0] == ("*" if token != trunk_guess else " ") and "\033" not in line
-        stars += token != trunk_guess
+        assert (line[0] == "*") == (i in o.rejected)              # there a draft ended
         assert line[2:].startswith(written(token))
         bars = re.search("[▁▂▃▄▅▆▇█]+", line)
         assert len(bars[0]) == 8 and "▁▂▃▄▅▆▇█".index(bars[0][0]) == int(8 * p)
         guesses = re.split(r"  ->  ", line[bars.end():].strip())
         assert guesses[0] == f"0.00: {written(trunk_guess)} {p:.2f}".strip()
-        assert guesses[-1].split(": ", 1)[1].startswith(written(token))       # argmax: the last guess is the token
+        assert guesses[-1].split(": ", 1)[1].startswith(written(token))       # the last guess is the token
         times = [float(g[:4]) for g in guesses]
-        assert times == sorted(times) and len(guesses) == 1 + sum(a[1] != b[1] for a, b in zip(o.trace[i], o.trace[i][1:]))
-    assert 0 < stars < len(lines)
+        changes = sum(a[1] != b[1] for a, b in zip(o.trace[i], o.trace[i][1:]))
+        assert times == sorted(times) and len(guesses) == 1 + changes
+    assert 0 < len(o.rejected) < len(lines)
 
 
-def test_format_trace():
-    """Stars, changes and colours of a trace written by hand."""
+def test_the_trace_of_three_evaluations_by_hand():
+    """Stars, changes and colours."""
     encoding = load_tokenizer("arithmetic")
     seven, eight = encoding.encode_ordinary("7")[0], encoding.encode_ordinary("8")[0]
-    trace = [[(0.0, seven, 0.3), (0.5, seven, 0.5), (0.75, eight, 0.99)], [(0.0, seven, 0.3), (0.5, eight, 0.2), (0.75, seven, 1.0)]]
-    plain = sample.format_trace([eight, seven], trace, encoding, False).split("\n")[1:]
+    trace = [[(0.0, seven, 0.3), (0.5, seven, 0.5), (0.75, eight, 0.99)],
+             [(0.0, seven, 0.3), (0.5, eight, 0.2), (0.75, seven, 1.0)]]
+    output, tokens = Generated([eight, seven], trace=trace), [eight, seven]
+    plain = sample.format_trace(output, tokens, encoding, False).split("\n")[1:]
     assert plain[0].startswith("* 8 ") and plain[0].endswith("▃▅█             0.00: 7 0.30  ->  0.75: 8 0.99")
     assert plain[1].startswith("  7 ") and plain[1].endswith("0.00: 7 0.30  ->  0.50: 8 0.20  ->  0.75: 7 1.00")
-    colored = sample.format_trace([eight, seven], trace, encoding, True).split("\n")[1:]
+    colored = sample.format_trace(output, tokens, encoding, True).split("\n")[1:]
     assert colored[0].startswith("\033[1;33m* 8") and colored[0].endswith("\033[0m") and colored[1] == plain[1]
 
 
-def test_trace_of_several_samples(run):
+@pytest.mark.parametrize("terminal", ["ascii", "latin-1"])
+def test_a_terminal_that_cannot_print_the_bars_gets_digits(wild, tmp_path, terminal):
+    words = [f"--out_dir={wild}", "--steps=3", "--trace", "--max_new_tokens=4", "--prompt=Tom has 3 €. How many?"]
+    status, out, err = script(tmp_path, "sample", *words, before=use_ascii if terminal == "ascii" else use_latin)
+    assert (status, err) == (0, "") and re.search(r"^. \S+ +[1-8]{3} ", out, re.M) and out.count(" 0.00: ") == 4
+
+
+def use_ascii():
+    import sys
+    sys.stdout.reconfigure(encoding="ascii")
+
+
+def use_latin():
+    import sys
+    sys.stdout.reconfigure(encoding="latin-1")
+
+
+def test_several_samples_are_traced_each(run):
     texts, _ = run("--steps=4", "--trace", "--num_samples=2", "--temperature=1", "--solver=adaptive", n=5)
     assert len(texts) == 2 and all(text.count(" 0.00: ") == 5 for text in texts)
 
 
-def test_best_and_last(run, wild, tmp_path):
-    """--checkpoint chooses the file."""
+def test_checkpoint_chooses_the_file(run, wild, tmp_path):
     for name, scale in (("best", 1), ("last", -1)):
         checkpoint = load_checkpoint(wild / "best.pt")
         checkpoint["model"]["trunk.wte.weight"] *= scale
@@ -182,19 +222,31 @@ def test_best_and_last(run, wild, tmp_path):
     assert best != last and run("--steps=1", out_dir=tmp_path)[0] == best == run("--steps=1")[0]
 
 
-def test_bfloat16(run, wild):
-    model, _, _ = sample.load(str(wild), "best", dtype="bfloat16")
+def test_dtype_is_that_of_the_weights(run, wild):
+    model, _, _ = load(str(wild), dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     (text,), last = run("--dtype=bfloat16", "--steps=4")
     assert text.startswith(f"Question: {PROMPT}\nAnswer:") and numbers(last)[:2] == (24, 3.0)
 
 
-def test_stops_at_the_end_of_the_model(run, tmp_path, wild, encoding):
-    """A model of 30 positions writes until they are full, and says that it was cut."""
+def test_a_model_that_is_full_says_that_it_was_cut(run, tmp_path, wild, prompt):
+    """A model of 30 positions writes until they are full; a huge max_new_tokens allocates nothing for more."""
     checkpoint = load_checkpoint(wild / "best.pt")
     checkpoint["trunk_config"]["block_size"] = 30
     checkpoint["model"]["trunk.wpe.weight"] = checkpoint["model"]["trunk.wpe.weight"][:30].clone()
     torch.save(checkpoint, tmp_path / "best.pt")
-    n = len(encoding.encode_ordinary(f"Question: {PROMPT}\nAnswer:"))
-    (text,), last = run("--steps=2", out_dir=tmp_path)
-    assert n < 30 and numbers(last)[0] == 30 - n + 1 and text.endswith("[cut: no end of text]")
+    for n in (24, 10 ** 12):
+        (text,), last = run("--steps=2", out_dir=tmp_path, n=n)
+        assert len(prompt) < 30 and numbers(last)[0] == 30 - len(prompt) + 1
+        assert text.endswith("[cut: no end of text]")
+
+
+def test_what_the_model_has_not_is_refused(wild, l2d, trunk):
+    def refused(out_dir, *args):
+        return error_of(sample.main, [f"--out_dir={out_dir}", "--max_new_tokens=4", *args])
+    says(refused(trunk, "--steps=2"), "trunk without a path", "--steps=1", "not 2", f"--trunk={trunk}/best.pt")
+    says(refused(trunk, "--steps=1", "--label=2 steps"), "label='2 steps'", "none, for want of a path")
+    says(refused(wild, "--label=2"), "label='2'", "1 step, 2 steps, 3 steps, 4 or more steps")
+    says(refused(wild, "--guidance=2"), "guidance=2.0 needs a --label", "1 step, 2 steps")
+    for steps in (1, 2):                                          # there it would do nothing at all, silently
+        says(refused(wild, "--guidance=2", "--label=2 steps", f"--steps={steps}"), "guidance=2.0", "--steps=3", f"not {steps}")

@@ -86,6 +86,15 @@ def digest(tensors):
     return hashlib.sha256(b"".join(tensors[k].numpy().tobytes() for k in sorted(tensors))).hexdigest()
 
 
+def test_the_trunk_is_bit_for_bit_the_same_after_training(options, trunk):
+    """L2D's headline: a hash over all of the trunk's weights, before training and after."""
+    before = load_checkpoint(trunk / "last.pt")["model"]
+    train.main(argv(**options))
+    after = load_checkpoint(options["out_dir"] / "last.pt")["model"]
+    after = {name: tensor for name, tensor in after.items() if name.startswith("trunk.")}
+    assert digest(after) == digest(before)
+
+
 @pytest.mark.parametrize("trunk_mode, path_mode", MODES)
 def test_a_mode_trains_what_it_should_and_nothing_else(trunk_mode, path_mode, options, trunk, capsys):
     """The loss falls; every tensor that should train changed; all else is as it was, bit for bit; it samples."""
@@ -307,11 +316,11 @@ def test_labels_are_dropped_per_example_and_unrolling_draws_its_calls(options):
     dropped = new == 4
     assert abs(dropped.float().mean() - 0.2) < 0.03 and torch.equal(new[~dropped], label[~dropped])
     assert len(t) == len(x_0) == 16000 and unroll is None
-    c = config(**options, unroll=3, label_dropout=0, unroll_t_begin=0.4, unroll_t_end=0.8, unroll_weight=0.3)
+    c = config(**options, unroll=3, label_dropout=0, unroll_t_hold=0.4, unroll_t_end=0.8, unroll_weight=0.3)
     drawn = [train.draw_noise(c, model, label, 50, train.generator_for("cpu", i)) for i in range(60)]
     assert {len(times) for _, _, _, (times, _) in drawn} == {2, 3, 4} and torch.equal(drawn[0][0], label)
     for _, t, _, (times, weight) in drawn:
-        assert times == time_grid(len(times) - 1, 0.4, 0.8) and weight == 0.3 and (t == torch.tensor(0.8)).all()
+        assert times == time_grid(len(times) - 1, 0.8, 0.4) and weight == 0.3 and (t == torch.tensor(0.8)).all()
 
 
 # ---------------------------------------------------------------------------------------- one batch, many ways
