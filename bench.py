@@ -64,7 +64,7 @@ class Config:
     steps: str = "16"               # evaluations per token; 1, plain decoding, is always measured
     draft: str = "0,8,16"           # tokens that the trunk drafts in a round, at most
     acceptance: str = "0.5,0.8,0.95,1"  # random weights: shares of tokens not changed
-    stop: float = 0.9               # a trained run: with --stop, too; 0 = not
+    stop: float = 0.1               # a trained run: with --stop, too; 0 = not
     batch: str = "1,8"              # prompts decoded at once
     texts: int = 8                  # a trained run: prompts in all, or `batch` where that is more
     prompt: int = 64                # random weights: tokens of a prompt
@@ -81,8 +81,8 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        at_least(self, repeats=1, prompt=1, new_tokens=1, texts=1, seed=0, train_batch=1, train_prompt=1,
-                 train_answer=1)
+        at_least(self, repeats=1, prompt=1, new_tokens=1, texts=1, seed=0, stop=0, train_batch=1,
+                 train_prompt=1, train_answer=1)
         for name, kind, low, high in (("steps", int, 1, 10 ** 4), ("draft", int, 0, 10 ** 4),
                                       ("batch", int, 1, 10 ** 6), ("acceptance", float, 0, 1)):
             try:
@@ -92,7 +92,6 @@ class Config:
             if not fits:
                 raise UserError(f"error: {name}={getattr(self, name)!r}, but it must be numbers from {low} "
                                 f"to {high}, separated by commas, such as {getattr(Config, name)}")
-        Decoding(stop=self.stop)                                         # its range is checked there
         for a, b in (("prompt", "new_tokens"), ("train_prompt", "train_answer")):
             total, most = getattr(self, a) + getattr(self, b), SIZES[self.model].block_size
             if total > most:
@@ -325,7 +324,7 @@ def main(argv=None):
     dtype = pick_dtype(config.dtype, device)
     write_file(config.out, lambda file: file.write(b"{}"))               # rather now than after the work
     counted = parameters(SIZES[config.model], PathConfig())
-    print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counted.items()), flush=True)
+    print(f"{config.model}: " + ", ".join(f"{name} {n:,}" for name, n in counted.items()), flush=True)
     result = {"config": asdict(config), "threads": torch.get_num_threads(), "parameters": counted}
     if config.gpu_report:
         from gpu_report import check

@@ -1,4 +1,4 @@
-"""bench.py and what it stands on: counts against modules and torch's own counters, acceptance, a tiny run of all."""
+"""bench.py, measure.py, memory.py, gpu_report.py: counts against modules and torch's counters, a tiny run of all."""
 import dataclasses
 import json
 import math
@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import measure
 import memory
 from bench import SIZES, Config, cost_of_a_pass, flops_of, least_seconds, parameters, random_batch, write
 from configurator import UserError
@@ -53,7 +52,8 @@ def test_formulas_count_the_parameters_of_the_modules(name):
                 "modulation": numel(*heads), "path_blocks": numel(path.h) - numel(*heads), "W": numel(path.W),
                 "x_in": numel(path.x_in), "t_in_label_w": numel(path.t_in, path.label, path.w),
                 "l2d_full_path": numel(path), "l2d_lora_path": numel(lora.path),
-                "path_lora": numel(lora.path.h) - numel(*heads), "trunk_lora": numel(trunk_lora) - numel(trunk)}
+                "path_lora": numel(lora.path.h) - numel(*heads),
+                "trunk_lora": numel(trunk_lora) - numel(trunk)}
     assert n == expected
 
 
@@ -77,8 +77,9 @@ def test_a_pass_costs_what_torch_counts(path_mode):
     assert one_call == cost["path"]["flops"] + cost["head"]["flops"]
 
     used = numel(path.x_in, path.h) - numel(*(block.modulation for block in path.h))
-    if path_mode == "lora":                                              # the trunk's blocks, but not its keys, values
-        used += numel(trunk.h) - sum(2 * p.numel() // 3 for block in trunk.h for p in block.attn.c_attn.parameters())
+    if path_mode == "lora":                                              # the trunk's blocks, but no keys, values
+        c_attn = [block.attn.c_attn for block in trunk.h]
+        used += numel(trunk.h) - 2 * numel(*c_attn) // 3
     assert [cost[part]["weights"] for part in cost] == [numel(trunk.h), used, numel(trunk.wte)]
     assert cost["path"]["kv"] == cost["trunk"]["kv"] == sum(z.numel() for pair in cache for z in pair)
 
@@ -87,7 +88,7 @@ def test_passes_are_counted_and_cost_bytes_or_flops_whichever_is_slower():
     model = random_pair(TINY, "frozen", "full").requires_grad_(False)
     config, prompts = Decoding(steps=3, max_new_tokens=5, draft=0), [[1, 2, 3], [4, 5, 6]]
     passes, out = passes_of(model, lambda: write(model, prompts, 2, -1, config))
-    assert passes == {("trunk", 6, 2): 1, ("trunk", 2, 2): 4, ("head", 2, 0): 5 + 5 * 2, ("path", 2, 2): 5 * 2}
+    assert passes == {("trunk", 6, 2): 1, ("trunk", 2, 2): 4, ("head", 2, 0): 15, ("path", 2, 2): 10}
     assert [o.predicted for o in out] == [5, 5]
     assert not any(m._forward_hooks for m in model.modules())
     cost = {"trunk": {"flops": 7, "weights": 100, "kv": 10}, "head": {"flops": 1, "weights": 50, "kv": 0}}
@@ -137,7 +138,8 @@ def test_acceptance_is_set_and_no_number_of_drafts_or_steps_changes_the_text(sha
 def test_batch_has_the_shape_of_gsm8k():
     data, ids = random_batch(Config(train_batch=16))
     lengths = np.diff(data.offsets)
-    assert lengths.mean() == pytest.approx(156, abs=8) and np.quantile(lengths, 0.99) == pytest.approx(321, abs=40)
+    assert lengths.mean() == pytest.approx(156, abs=8)
+    assert np.quantile(lengths, 0.99) == pytest.approx(321, abs=40)
     assert lengths[ids].mean() == pytest.approx(156, abs=15)
     idx, _, y, _ = batch_of(data, ids, CPU)
     assert 1 - (lengths[ids] - 1).sum() / idx.numel() < 0.1              # padding
@@ -199,10 +201,10 @@ def test_fake_bytes_are_those_of_a_real_step(name):
 
 
 def test_memory_of_gpt2_by_hand():
-    """124M, bfloat16: 12 bytes stay for a parameter that trains, 4 for a frozen one. A batch of logits is there three
-    times over at least: in bfloat16, in float32, and as log-probabilities."""
-    n, n_targets = parameters(SIZES["gpt2"], PathConfig()), 8 * 96
-    stays, (small, large) = step_bytes(SIZES["gpt2"], "L2D, full path", [(4, 159, 4 * 96), (8, 159, n_targets)])
+    """124M, bfloat16: 12 bytes stay for a parameter that trains, 4 for a frozen one. A batch of logits is there
+    three times at least: in bfloat16, in float32, and as log-probabilities."""
+    n, n_targets, size = parameters(SIZES["gpt2"], PathConfig()), 8 * 96, SIZES["gpt2"]
+    stays, (small, large) = step_bytes(size, "L2D, full path", [(4, 159, 4 * 96), (8, 159, n_targets)])
     assert stays == pytest.approx(4 * n["trunk"] + 12 * n["l2d_full_path"], rel=0.001)
     assert large - stays > n_targets * 50257 * (2 + 4 + 4)
     assert 1.5 < (large - stays) / (small - stays) < 2
@@ -286,11 +288,13 @@ def test_tokens_that_differ_are_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("option, expected", [
-    ("--model=gpt3", "gpt2-medium"), ("--steps=1,x", "numbers from 1 to"), ("--steps=", "numbers from 1 to"),
-    ("--steps=0", "numbers from 1 to"), ("--batch=-1", "numbers from 1 to"), ("--draft=-1", "numbers from 0 to"),
-    ("--acceptance=1.5", "numbers from 0 to 1"), ("--acceptance=nan", "numbers from 0 to 1"), ("--stop=1", "stop=1.0"),
-    ("--repeats=0", "at least 1"), ("--prompt=1020", "1068, but tiny has 1024 positions"), ("--train_answer=1000", "1060"),
-    ("--dtype=int8", "bfloat16"), ("--stesp=3", "did you mean --steps?"), ("--out=/dev/null/x.json", "/dev/null/x.json"),
+    ("--model=gpt3", "gpt2-medium"), ("--steps=1,x", "numbers from 1 to"),
+    ("--steps=", "numbers from 1 to"), ("--steps=0", "numbers from 1 to"),
+    ("--batch=-1", "numbers from 1 to"), ("--draft=-1", "numbers from 0 to"),
+    ("--acceptance=1.5", "numbers from 0 to 1"), ("--acceptance=nan", "numbers from 0 to 1"),
+    ("--stop=-1", "stop=-1.0"), ("--repeats=0", "at least 1"), ("--train_answer=1000", "1060"),
+    ("--prompt=1020", "1068, but tiny has 1024 positions"), ("--dtype=int8", "bfloat16"),
+    ("--stesp=3", "did you mean --steps?"), ("--out=/dev/null/x.json", "/dev/null/x.json"),
     ("--out_dir=/nowhere", "/nowhere/best.pt")])
 def test_bad_options_give_one_line(option, expected):
     with pytest.raises(UserError) as e:
