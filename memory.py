@@ -119,13 +119,13 @@ Written by `python memory.py`, from fake tensors: weights in float32, autocast t
 32 examples of GSM8K, no torch.compile. Not yet compared with a GPU: `python bench.py --gpu_report` does that.
 
 GB (10^9 bytes) that stay between steps (weights, the optimizer's state), and at a step's peak: for a batch of
-mean length ({mean[0]} tokens a row, {mean[1]} of them targets), and for the longest ({longest[0]} and
-{longest[1]}), which decides whether a run fits, with `--grad_accum` of {parts}.
+mean length ({mean[0]} tokens a row, {mean[1]} of them targets), and for the longest ({longest[0]} and {longest[1]}),
+which decides whether a run fits, with `--grad_accum` of {parts}.
 
 {peaks}
 
 The least of these `--grad_accum` with which the longest batch takes at most 0.9 of a card's memory (the rest
-is for what is not counted); "-" is none. It changes no result.
+is for what is not counted); "-" is none. The batch remains one of 32 examples.
 
 {fits}
 """

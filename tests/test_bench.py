@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,13 +203,20 @@ def test_fake_bytes_are_those_of_a_real_step(name):
 
 
 def test_memory_of_gpt2_by_hand():
-    """124M, bfloat16: 12 bytes stay for a parameter that trains, 4 for a frozen one. Logits are there at least
-    three times: in bfloat16, in float32, and as log-probabilities."""
+    """12 bytes stay for a parameter that trains, 4 for a frozen one; logits are there at least three times, in
+    bfloat16, in float32, and as log-probabilities."""
     n, n_targets, size = parameters(SIZES["gpt2"], PathConfig()), 8 * 96, SIZES["gpt2"]
     stays, (small, large) = step_bytes(size, "L2D, full path", [(4, 159, 4 * 96), (8, 159, n_targets)])
     assert stays == pytest.approx(4 * n["trunk"] + 12 * n["l2d_full_path"], rel=0.001)
     assert large - stays > n_targets * 50257 * (2 + 4 + 4)
     assert 1.5 < (large - stays) / (small - stays) < 2
+
+
+def test_docs_memory_is_what_memory_py_writes():
+    """By two of its rows, text and all."""
+    written = memory.text({"gpt2": SIZES["gpt2"]}, ["L2D, full path"])
+    lines = (Path(memory.__file__).parent / "docs/MEMORY.md").read_text().splitlines()
+    assert written.count("| gpt2 |") == 2 and all(line in lines for line in written.splitlines())
 
 
 def test_the_table_says_what_fits(monkeypatch):
