@@ -119,8 +119,8 @@ Written by `python memory.py`, from fake tensors: weights in float32, autocast t
 32 examples of GSM8K, no torch.compile. Not yet compared with a GPU: `python bench.py --gpu_report` does that.
 
 GB (10^9 bytes) that stay between steps (weights, the optimizer's state), and at a step's peak: for a batch of
-mean length ({mean[0]} tokens a row, {mean[1]} of them targets), and for the longest ({longest[0]} and {longest[1]}),
-which decides whether a run fits, with `--grad_accum` of {parts}.
+mean length ({} tokens a row, {} of them targets), and for the longest ({} and {}),
+which decides whether a run fits, with `--grad_accum` of {}.
 
 {peaks}
 
@@ -148,8 +148,8 @@ def text(sizes, modes):
             least = [[k for k, x in zip(PARTS, found[1:]) if x <= 0.9e9 * card] for card in CARDS]
             fits.append((name, mode, *(k[0] if k else "-" for k in least)))
             print(*peaks[-1], "|", *fits[-1][2:], flush=True)
-    return TEXT.format(mean=MEAN, longest=LONGEST, parts=", ".join(map(str, PARTS)), peaks=markdown(peaks),
-                       fits=markdown(fits))
+    parts = ", ".join(map(str, PARTS))
+    return TEXT.format(*MEAN, *LONGEST, parts, peaks=markdown(peaks), fits=markdown(fits))
 
 
 @dataclass(frozen=True)
