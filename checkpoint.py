@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from dataclasses import asdict
 
 import torch
@@ -100,7 +101,7 @@ def describe(model, trunk_lora, out_dir):
 
 def save_run(run, config, ranks, better=False):
     """Write last.pt; and best.pt, if this is better than all before. run: see train.py."""
-    run.saved = run.step
+    saved, run.saved = run.saved, run.step
     if not ranks.main:
         return
     lora = [config.lora_rank, config.lora_alpha] if config.trunk_mode == "lora" else None
@@ -108,11 +109,15 @@ def save_run(run, config, ranks, better=False):
     checkpoint = describe(run.model, lora, config.out_dir) | {
         "config": asdict(config), "world": ranks.world, "step": run.step, "best": run.best,
         "data": run.manifest, "tokenizer": tokenizer}
-    folder = config.out_dir
-    if better:
-        save(checkpoint, os.path.join(folder, "best.pt"))
-    checkpoint |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-    save(checkpoint, os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt"))
+    best, last, previous = (os.path.join(config.out_dir, f"{name}.pt")
+                            for name in ("best", "last", "previous"))
+    try:
+        if better:
+            save(checkpoint, best)
+        checkpoint |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+        save(checkpoint, last, previous)
+    except UserError as e:
+        raise UserError(f"{e}. {last} holds step {saved}" if saved >= 0 else str(e)) from None
 
 
 class Log:
@@ -209,6 +214,8 @@ def read(path):
     try:
         with open(path, "rb") as file:
             data = file.read()
+        if wrong := zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch.load does not look at checksums
+            raise ValueError(f"the checksum of {wrong} is wrong")
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise ValueError("wrong contents")

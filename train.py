@@ -322,7 +322,7 @@ def train(config, ranks):
     n_targets_of = np.add.reduceat(run.data.mask, run.data.offsets[:-1], dtype=np.int64)   # of each example
     epoch, start, tokens, bad_in_a_row = None, (time.time(), run.step), 0, torch.zeros((), device=device)
     progress = tqdm(total=config.steps, initial=run.step, disable=not (ranks.main and sys.stderr.isatty()))
-    if run.step == 0:
+    if run.saved < 0:                                         # a new run
         evaluate_and_save(run, config, ranks)
 
     while run.step < config.steps:

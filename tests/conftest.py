@@ -1,4 +1,5 @@
 """What many tests start from, each made once a session: data, a trunk, a path trained on it, a random pair."""
+import os
 import signal
 import sys
 from pathlib import Path
@@ -6,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+FOLDERS = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path[:0] = FOLDERS
+os.environ["PYTHONPATH"] = os.pathsep.join(FOLDERS)               # of the processes that tests start
 torch.set_num_threads(1)                                          # two of them may run beside a training
 
 import prepare_data

@@ -39,7 +39,7 @@ def error_of(function, *args, **kwargs):
         message = str(e)
     else:
         raise AssertionError("no UserError")
-    assert message.startswith("error: ") and "\n" not in message and len(message) < 2000, message
+    assert message.startswith("error: ") and "\n" not in message and len(message) < 5000, message
     return message
 
 
@@ -273,7 +273,7 @@ class Process:
     """
     def __init__(self, log, module, words, before=None, **env):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "train", "sample", "helpers"])
+        context.set_forkserver_preload(["torch", "train", "sample", "helpers", "pytest"])
         self.log, arguments = log, (module, words, env, str(log), before)
         self.process = context.Process(target=_script, args=arguments, daemon=True)
         self.process.start()

@@ -86,6 +86,15 @@ def digest(tensors):
     return hashlib.sha256(b"".join(tensors[k].numpy().tobytes() for k in sorted(tensors))).hexdigest()
 
 
+def test_the_trunk_is_bit_for_bit_the_same_after_training(options, trunk):
+    """L2D's headline: a hash over all of the trunk's weights, before training and after."""
+    before = load_checkpoint(trunk / "best.pt")["model"]
+    train.main(argv(**options, trunk=trunk / "best.pt"))
+    after = load_checkpoint(options["out_dir"] / "last.pt")["model"]
+    after = {name: tensor for name, tensor in after.items() if name.startswith("trunk.")}
+    assert digest(after) == digest(before)
+
+
 @pytest.mark.parametrize("trunk_mode, path_mode", MODES)
 def test_a_mode_trains_what_it_should_and_nothing_else(trunk_mode, path_mode, options, trunk, capsys):
     """The loss falls; every tensor that should train changed; all else is as it was, bit for bit; it samples."""
