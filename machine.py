@@ -69,7 +69,8 @@ class Ranks:
             self.rank, self.world = 0, 0
         missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if not 0 <= self.rank < self.world or self.world > 1 and missing:
-            values = " ".join(f"{k}={os.environ.get(k)}" for k in dict.fromkeys(("RANK", "WORLD_SIZE", *missing)))
+            names = dict.fromkeys(("RANK", "WORLD_SIZE", *missing))
+            values = " ".join(f"{k}={os.environ.get(k)}" for k in names)
             raise UserError(f"error: {values} in the environment do not go together; start several ranks by "
                             "torchrun, or unset these for one process")
         if self.world > 1:                                        # the timeout outlasts rank 0's downloads
