@@ -203,7 +203,7 @@ def test_fake_bytes_are_those_of_a_real_step(name):
 
 
 def test_memory_of_gpt2_by_hand():
-    """12 bytes stay for a parameter that trains, 4 for a frozen one. Logits are there three times at least, in
+    """12 bytes stay for a parameter that trains, 4 for a frozen one. Logits are there at least thrice, in
     bfloat16, in float32, and as log-probabilities."""
     n, n_targets, size = parameters(SIZES["gpt2"], PathConfig()), 8 * 96, SIZES["gpt2"]
     stays, (small, large) = step_bytes(size, "L2D, full path", [(4, 159, 4 * 96), (8, 159, n_targets)])
