@@ -151,11 +151,12 @@ class Naive:
         grid = [end * i / n for i in range(n)] + [end]
         if s.t_hold:                                              # 0, and every call but the last at t_hold
             grid = [0.0] + [s.t_hold] * (n - 1) + [end]
+        m = None
         for i in range(n):
             a, b = grid[i], grid[i + 1]
             h = b - a
             if s.solver == "fixed_point":                             # on the line from x_0 to a mean of the guesses
-                m = self.f(x, a) if i == 0 else (1 - s.weight) * m + s.weight * self.f(x, a)
+                m = self.f(x, a) if m is None else (1 - s.weight) * m + s.weight * self.f(x, a)
                 x = (1 - b) * x_0 + b * m
             elif s.solver == "euler" or (i == 0 and (T - 1) % 2):
                 x = x + h * self.v(x, a)

@@ -3,7 +3,6 @@ import hashlib
 import math
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     ROOT,
-    TINY,
     argv,
     child,
     error_of,
     evaluations,
-    files,
     generator,
     group,
     losses,
@@ -31,8 +28,7 @@ import train
 from checkpoint import load_checkpoint, load_trunk, pair_from
 from configurator import UserError, configure
 from diffusion import sample_t, time_grid
-from machine import Ranks
-from model import GPT, L2D, GPTConfig, LoRALinear
+from model import GPT, GPTConfig, LoRALinear
 from prepare_data import batch_of, batches_of_epoch, load_manifest, load_split
 
 MODES = [("frozen", "full"), ("frozen", "lora"), ("lora", "none"), ("lora", "full"), ("lora", "lora"),
