@@ -356,6 +356,10 @@ def same_run(a, b, exact):
     one, other = (load_checkpoint(out / "last.pt") for out in (a, b))
     if exact:
         assert same_tensors(one["model"], other["model"]) and losses(a) == losses(b)
+    for tensors in (one["model"], other["model"]):                # a key's bias changes nothing: its gradient is
+        for name, tensor in tensors.items():                      # rounding, which Adam makes whole steps of
+            if name.endswith("attn.c_attn.bias"):
+                tensor.view(3, -1)[1] = 0
     torch.testing.assert_close(one["model"], other["model"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(losses(a), losses(b), rtol=1e-5)
     for x, y in zip(evaluations(a), evaluations(b), strict=True):
