@@ -199,7 +199,7 @@ def what_to_decode(config, device, dtype):
     if trained:
         model, encoding, checkpoint = load(config.out_dir, "best", device.type, str(dtype)[6:])
         data = load_split(checkpoint["config"]["data_dir"], checkpoint["config"]["val_split"])
-        ends = list(zip(data.offsets, data.offsets[1:]))[:max(config.texts, *numbers(config.batch + ",1"))]
+        ends = list(zip(data.offsets, data.offsets[1:]))[:max(config.texts, *numbers(config.batch))]
         texts = [data.tokens[a:b][:data.mask[a:b].argmax()].tolist() for a, b in ends]
         eot, n = encoding.eot_token, model.trunk.config.block_size
     else:
