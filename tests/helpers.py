@@ -79,7 +79,7 @@ def wild_pair(seed=1, config=WILD, **path):
 
 
 class Naive:
-    """Algorithm 1 from DESIGN's text for one prompt: no cache, no batch, no table, no draft, a full forward for
+    """Algorithm 1 from the paper's text for one prompt: no cache, no batch, no table, no draft, a full forward for
     every evaluation. s: a Decoding; label: one number; eot: ends a text."""
     def __init__(self, model, s, label, eot=EOT):
         self.model, self.s, self.label, self.eot = model, s, label, eot

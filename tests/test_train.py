@@ -232,7 +232,7 @@ def test_an_epoch_takes_every_example_at_most_once_in_another_order(n, batch_siz
 def lengths_of_gsm8k():
     """Tokens of each training problem; the real ones where the data and GPT-2's tokenizer are at hand."""
     source, cache = ROOT.parent / "shared/gsm8k", ROOT.parent / "shared/tiktoken_cache"
-    if not (source.exists() and cache.exists()):                  # DESIGN section 6: mean 156, p99 321, max 439
+    if not (source.exists() and cache.exists()):                  # known of GSM8K: mean 156, p99 321, max 439
         return np.random.default_rng(0).gamma(6.8, 23, 7000).astype(int) + 20
     import json
     rows = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()]
