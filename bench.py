@@ -64,7 +64,7 @@ class Config:
     steps: str = "16"               # evaluations per token; 1, plain decoding, is always measured
     draft: str = "0,8,16"           # tokens that the trunk drafts in a round, at most
     acceptance: str = "0.5,0.8,0.95,1"  # random weights: shares of tokens not changed
-    stop: float = 0.9               # a trained run: with --stop, too; 0 = not
+    stop: float = 0.1               # a trained run: with --stop, too; 0 = not
     batch: str = "1,8"              # prompts decoded at once
     texts: int = 8                  # a trained run: prompts in all, or `batch` where that is more
     prompt: int = 64                # random weights: tokens of a prompt
@@ -73,8 +73,7 @@ class Config:
     # training, on examples of GSM8K's lengths
     train_batch: int = 8
     train_prompt: int = 60          # mean tokens of a prompt
-    train_answer: int = 96          # mean tokens of an answer
-    ragged: bool = True             # lengths vary as GSM8K's do; a batch holds similar ones, as in train.py
+    train_answer: int = 96          # mean tokens of an answer; a batch holds similar lengths, as in train.py
     compile: bool = False           # training steps
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -82,8 +81,8 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        at_least(self, repeats=1, prompt=1, new_tokens=1, texts=1, seed=0, train_batch=1, train_prompt=1,
-                 train_answer=1)
+        at_least(self, repeats=1, prompt=1, new_tokens=1, texts=1, seed=0, stop=0, train_batch=1,
+                 train_prompt=1, train_answer=1)
         for name, kind, low, high in (("steps", int, 1, 10 ** 4), ("draft", int, 0, 10 ** 4),
                                       ("batch", int, 1, 10 ** 6), ("acceptance", float, 0, 1)):
             try:
@@ -93,7 +92,6 @@ class Config:
             if not fits:
                 raise UserError(f"error: {name}={getattr(self, name)!r}, but it must be numbers from {low} "
                                 f"to {high}, separated by commas, such as {getattr(Config, name)}")
-        Decoding(stop=self.stop)                                         # its range is checked there
         for a, b in (("prompt", "new_tokens"), ("train_prompt", "train_answer")):
             total, most = getattr(self, a) + getattr(self, b), SIZES[self.model].block_size
             if total > most:
@@ -201,7 +199,7 @@ def what_to_decode(config, device, dtype):
     if trained:
         model, encoding, checkpoint = load(config.out_dir, "best", device.type, str(dtype)[6:])
         data = load_split(checkpoint["config"]["data_dir"], checkpoint["config"]["val_split"])
-        ends = list(zip(data.offsets, data.offsets[1:]))[:max(config.texts, *numbers(config.batch + ",1"))]
+        ends = list(zip(data.offsets, data.offsets[1:]))[:max(config.texts, *numbers(config.batch))]
         texts = [data.tokens[a:b][:data.mask[a:b].argmax()].tolist() for a, b in ends]
         eot, n = encoding.eot_token, model.trunk.config.block_size
     else:
@@ -214,8 +212,8 @@ def what_to_decode(config, device, dtype):
         for stop in sorted({0.0, config.stop}) if trained else [0.0]:
             for draft in numbers(config.draft):
                 for share in numbers(config.acceptance, float) if draft and not trained else [1.0]:
-                    name = f"T={T}, " + (f"drafts up to {draft}" if draft else "no drafts")
-                    name += f", stop={stop}" if stop else f", {share:.0%} kept" if draft and not trained else ""
+                    name = f"T={T}, drafts up to {draft}" if draft else f"T={T}, no drafts"
+                    name += f", stop={stop}" * bool(stop) + f", {share:.0%} kept" * (bool(draft) > trained)
                     variants[name] = Decoding(steps=T, draft=draft, stop=stop, max_new_tokens=n), share
     return model, eot, lambda batch: texts[:max(batch, config.texts if trained else 1)], variants
 
@@ -249,8 +247,7 @@ def measure_decoding(config, device, dtype):
             rows[name]["same"] = [o.tokens for o in out] == [o.tokens for o in must[reference]]
         results[batch] = {"rows": rows, "bytes_per_s": bandwidth, "flops_per_s": flops, "seconds": seconds}
         print(f"\ndecoding {config.out_dir or config.model}, batch {batch}, {len(prompts)} texts, {n_plain} "
-              f"tokens, {str(dtype)[6:]} on {device}; probes: {bandwidth / 1e9:.1f} GB/s, "
-              f"{flops / 1e12:.3f} TFLOP/s")
+              f"tokens, {str(dtype)[6:]}, {device}; {bandwidth / 1e9:.1f} GB/s, {flops / 1e12:.3f} TFLOP/s")
         print_table(rows)
     return results
 
@@ -268,10 +265,8 @@ def row_of(seconds, out, plain, n_plain, floor):
 def random_batch(config):
     """Random examples as of prepare_data.load_split, and the ids of a batch of similar, about mean length."""
     rng, n, size = np.random.default_rng(config.seed), 50 * config.train_batch, SIZES[config.model]
-
-    def lengths(mean, shape):                                            # GSM8K: mean 156, 99% below 321
-        return rng.gamma(shape, mean / shape, n).astype(int).clip(1) if config.ragged else np.full(n, mean)
-    prompt, answer = lengths(config.train_prompt, 9), lengths(config.train_answer, 4)
+    prompt, answer = (rng.gamma(shape, mean / shape, n).astype(int).clip(1)      # GSM8K: 99% below 321
+                      for mean, shape in ((config.train_prompt, 9), (config.train_answer, 4)))
     total = (prompt + answer).clip(max=size.block_size)
     data = SimpleNamespace(offsets=np.append(0, total.cumsum()), labels=np.zeros(n, int),
                            tokens=rng.integers(size.vocab_size, size=total.sum()),
@@ -296,7 +291,8 @@ def measure_training(config, device, dtype):
     trainees, counted = {}, {}
     for name, modes in MODES.items():
         trainees[name] = Trainee(random_pair(size, *modes, config.seed).to(device), batch, dtype)
-        counted[name] = flops_of(trainees[name], device), *step_bytes(size, name, *idx.shape, len(y), dtype)
+        stays, (peak,) = step_bytes(size, name, [(*idx.shape, len(y))], dtype)
+        counted[name] = flops_of(trainees[name], device), stays, peak
         if config.compile:
             trainees[name].loss_of.compile()                             # in place, as in train.py
             trainees[name]()
@@ -314,9 +310,8 @@ def measure_training(config, device, dtype):
                       "stays": stays / 1e9, "peak": most / 1e9,
                       "measured": (trainees[name].state_bytes() + peak[name]) / 1e9 if peak else None}
     padding = 1 - (n_tokens - len(ids)) / idx.numel()
-    print(f"\ntraining {config.model}{', compiled' * config.compile}, a step on {len(ids)} examples, "
-          f"{n_tokens} tokens ({padding:.0%} padding), {len(y)} targets, {str(dtype)[6:]} on {device}; "
-          f"probe: {flops / 1e12:.3f} TFLOP/s")
+    print(f"\ntraining {config.model}{', compiled' * config.compile}, {len(ids)} rows, {n_tokens} tokens, "
+          f"{padding:.0%} padding, {len(y)} targets, {str(dtype)[6:]}, {device}; {flops / 1e12:.3f} TFLOP/s")
     print_table(rows)
     return {"rows": rows, "examples": len(ids), "tokens": n_tokens, "targets": len(y), "padding": padding,
             "flops": {name: n[0] for name, n in counted.items()}, "flops_per_s": flops, "seconds": seconds}
@@ -329,7 +324,7 @@ def main(argv=None):
     dtype = pick_dtype(config.dtype, device)
     write_file(config.out, lambda file: file.write(b"{}"))               # rather now than after the work
     counted = parameters(SIZES[config.model], PathConfig())
-    print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counted.items()), flush=True)
+    print(f"{config.model}: " + ", ".join(f"{name} {n:,}" for name, n in counted.items()), flush=True)
     result = {"config": asdict(config), "threads": torch.get_num_threads(), "parameters": counted}
     if config.gpu_report:
         from gpu_report import check

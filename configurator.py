@@ -36,6 +36,11 @@ class UserError(SystemExit):
         super().__init__(" ".join(message.splitlines()))  # one line, whatever the user's text held
 
 
+def discard_output():
+    """From here on nobody reads what is printed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main):
     """
     Run a script's main, and end as a program should: a closed pipe quietly, Ctrl-C and SIGTERM with
@@ -51,7 +56,7 @@ def run(main):
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        discard_output()                             # Python flushes once more at its end
     except KeyboardInterrupt as e:
         print("stopped; what was finished is kept", file=sys.stderr)
         raise SystemExit(128 + (e.args or (signal.SIGINT,))[0]) from None
@@ -90,6 +95,8 @@ def configure(cls, argv=None, usage=""):
             near = _did_you_mean(name, defaults, dashes)
             raise UserError(f"error: {place}unknown option {dashes}{name}{near} (--help lists all)")
         values[name] = _checked(value, kinds[name], defaults[name], place + dashes + name)
+        if kinds[name] is str and name != "prompt":              # paths: a shell does not expand --key=~/x
+            values[name] = os.path.expanduser(values[name])
 
     for arg in argv:
         if arg.startswith("--"):

@@ -190,19 +190,20 @@ def evaluate(config, ranks):
         ranks.say(f"note: guidance={config.guidance} changes nothing at steps={','.join(small)}: it moves "
                   "x_t for a later path call, and there is none")
     rows, records, right, likeliest, kinds = [], {}, {}, {}, equals_and_digits(exam.encoding)
+    subjects = [problem.subject or problem.task for problem in exam.problems]
     for decoding in decodings:
         steps = decoding.steps
         row = {"steps": steps, "solver": decoding.solver, "n": exam.n}
         row |= of_true_answers(exam, decoding, *kinds)
-        if subjects := [p.subject for p in exam.problems if p.choices]:
+        if asked := [i for i, problem in enumerate(exam.problems) if problem.choices]:
             likeliest[steps], nll = of_choices(exam, decoding)
-            row["choices"] = report.shares("accuracy", likeliest[steps], 1, subjects) | {
+            row["choices"] = report.shares("accuracy", likeliest[steps], 1, [subjects[i] for i in asked]) | {
                 **report.compare(likeliest, steps), "nll": nll, "right": "".join(map(str, likeliest[steps]))}
         if config.exact_match:
             name = f"{config.split}_{key}_steps{steps}.jsonl"
             records[steps] = answers(exam, decoding, os.path.join(folder, name))
             right[steps] = [record["strict"] for record in records[steps]]
-            row |= report.summary(records[steps], config.samples, [p.subject for p in exam.problems])
+            row |= report.summary(records[steps], config.samples, subjects)
             row |= report.compare(right, steps) | {"answers": name}
         rows.append(row)
     if ranks.main:

@@ -120,7 +120,8 @@ def answers(exam, decoding, path):
         if progress.disable and (start // size) % 4 == 3:
             ranks.say(f"steps={decoding.steps}: {n_done + start + len(ids)}/{len(own)} problems")
     progress.close()
-    assert exam.sum(torch.tensor(len(own))) == exam.n, "the ranks' problems are not all problems"
+    n_shared_out = exam.sum(torch.tensor(len(own))).item()               # here each rank waits for the others
+    assert n_shared_out == exam.n, f"the ranks have {n_shared_out} problems together, of {exam.n}"
     done = read_answers(path)                                            # of all ranks
     if missing := exam.n - sum(i in done for i in range(exam.n)):
         raise UserError(f"error: {missing} of {exam.n} answers are not in {path}; it must be one file for "

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from configurator import UserError, discard_output
 
 
 def pick_device(want):
@@ -69,7 +69,8 @@ class Ranks:
             self.rank, self.world = 0, 0
         missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if not 0 <= self.rank < self.world or self.world > 1 and missing:
-            values = " ".join(f"{k}={os.environ.get(k)}" for k in ("RANK", "WORLD_SIZE", *missing))
+            names = dict.fromkeys(("RANK", "WORLD_SIZE", *missing))
+            values = " ".join(f"{k}={os.environ.get(k)}" for k in names)
             raise UserError(f"error: {values} in the environment do not go together; start several ranks by "
                             "torchrun, or unset these for one process")
         if self.world > 1:                                        # the timeout outlasts rank 0's downloads
@@ -100,9 +101,12 @@ class Ranks:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def say(self, text):
-        """Print a line, on the main rank only."""
-        if self.main:
-            print(text, flush=True)
+        """Print a line, on the main rank only. Where nobody reads any more (`| head`), the work goes on."""
+        try:
+            if self.main:
+                print(text, flush=True)
+        except BrokenPipeError:
+            discard_output()
 
     def close(self):
         if dist.is_initialized():
@@ -119,6 +123,10 @@ def ranks_of(device, remedy):
     except torch.OutOfMemoryError as e:
         why = str(e).splitlines()[0]
         raise UserError(f"error: out of memory; {remedy} ({why})") from None
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "Connection" not in str(e):
+            raise
+        raise SystemExit(f"rank {ranks.rank}: another rank has ended, see its line") from None
     except UserError:
         if int(os.environ.get("LOCAL_RANK", 0)):
             raise SystemExit(1) from None

@@ -1,11 +1,12 @@
 """
 Faster decoding on a CPU: GPT-2's large matrices in the memory layout that this machine reads fastest.
 
-Which one it is depends on the CPU and on the number of rows to multiply (docs/LOG.md), so pack measures, for
-one row and for several. Small matrices stay in the cache and gain nothing.
+It depends on the CPU and on the number of rows to multiply (docs/LOG.md): pack measures, for one and several.
+Small matrices stay in the cache and gain nothing.
 """
 import statistics
 import time
+from collections import defaultdict
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 
 from model import LoRALinear, borrow
 
-LARGE, SEVERAL = 1 << 18, 8         # weights, from 512 x 512; rows by which the layout for several is chosen
+ONEDNN = torch.ops.mkldnn._linear_pointwise
+LARGE, SEVERAL = 1 << 18, 8         # weights, from 512 x 512; rows that stand for several
 LAYOUTS = {"rows": lambda W: W,                                          # W (out, in) as nn.Linear has it
            "columns": lambda W: W.t().contiguous().t(),
            "packed": lambda W: torch.ops.mkldnn._reorder_linear_weight(W, None)}     # for oneDNN
@@ -21,32 +23,29 @@ LAYOUTS = {"rows": lambda W: W,                                          # W (ou
 
 def product(x, W, bias):
     """W x + bias, for W in any of the layouts."""
-    if W.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
-    return F.linear(x, W, bias)
+    return ONEDNN(x, W, bias, "none", [], "") if W.is_mkldnn else F.linear(x, W, bias)
 
 
 class PackedLinear(nn.Module):
     """y = W x + bias for inference: W (out, in) in two layouts, for one row x and for several."""
     def __init__(self, W, bias, one_row, several):
         super().__init__()
-        borrow(self, "one_row", LAYOUTS[one_row](W))
-        borrow(self, "several", self.one_row if several == one_row else LAYOUTS[several](W))
+        borrow(self, "weight", LAYOUTS[one_row](W))
+        borrow(self, "several", self.weight if several == one_row else LAYOUTS[several](W))
         borrow(self, "bias", bias)
 
     def forward(self, x):
-        return product(x, self.one_row if x.numel() == x.size(-1) else self.several, self.bias)
+        return product(x, self.weight if x.numel() == x.size(-1) else self.several, self.bias)
 
 
 def fastest(matrices, n_rows, repeats=3):
     """The layout in which n_rows rows times the matrices take the least time, by the median of repeats."""
-    ready = {name: [make(W) for W in matrices] for name, make in LAYOUTS.items()}
-    seconds = {name: [] for name in LAYOUTS}
+    ready, seconds = {name: [make(W) for W in matrices] for name, make in LAYOUTS.items()}, defaultdict(list)
     for _ in range(1 + repeats):
         for name, weights in ready.items():
             start = time.perf_counter()
-            for W, like in zip(weights, matrices):
-                product(torch.zeros(n_rows, like.size(1)), W, None)
+            for W in weights:
+                product(torch.zeros(n_rows, W.size(1)), W, None)
             seconds[name].append(time.perf_counter() - start)
     return min(LAYOUTS, key=lambda name: statistics.median(seconds[name][1:]))
 
@@ -55,7 +54,7 @@ def fastest(matrices, n_rows, repeats=3):
 def pack(model):
     """Repack an L2D pair in place, to decode and no more: it can then not be trained, saved, moved, compiled.
 
-    Nothing happens off the CPU, in other dtypes, without oneDNN, and to weights that a LoRA is added to.
+    Nothing happens off the CPU, in other dtypes, without oneDNN, or to weights that a LoRA is added to.
     """
     head = model.trunk.wte.weight.detach()
     if head.device.type != "cpu" or head.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
@@ -67,6 +66,6 @@ def pack(model):
     sample = [W for _, _, W, _ in linears[:4] + linears[-1:]]            # a block and the head
     layouts = [fastest(sample, n_rows) for n_rows in (1, SEVERAL)] if sample else []
     for owner, name, W, bias in linears:
-        owner._modules.pop(name, None)                                   # lm_head is a method
-        borrow(owner, name, PackedLinear(W, bias, *layouts))
+        put = setattr if name in owner._modules else borrow              # lm_head is a method
+        put(owner, name, PackedLinear(W, bias, *layouts))
     return model

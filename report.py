@@ -23,7 +23,7 @@ def wilson(k, n, z=1.96):
     """95% interval of a share k / n (Wilson 1927)."""
     p, q = k / n, z * z / n
     center, half = (p + q / 2) / (1 + q), z / (1 + q) * math.sqrt(p * (1 - p) / n + q / (4 * n))
-    return min(p, center - half), max(p, center + half)      # at p = 0 or 1 rounding could leave it outside
+    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))  # rounding could leave [0, 1]
 
 
 def sign_test(gained, lost):

@@ -1,5 +1,5 @@
 """
-Control of the demo: a LoRA on the trunk and no path, as many trained parameters and the same tokens as config/demo_l2d.py.
+Control of the demo: a LoRA on the trunk and no path; as many trained parameters, and the same tokens.
 
     python train.py config/demo_lora.py
 """

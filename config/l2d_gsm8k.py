@@ -1,5 +1,5 @@
 """
-L2D on GPT-2 (124M, frozen) with a full diffusion path (86.7M trained), on GSM8K. The defaults of train.py, spelt out.
+L2D on GPT-2 (124M, frozen) with a full diffusion path (86.7M trained), on GSM8K: the defaults of train.py.
 
     python prepare_data.py gsm8k && python train.py config/l2d_gsm8k.py
     torchrun --nproc_per_node=8 train.py config/l2d_gsm8k.py

@@ -1,5 +1,5 @@
 """
-L2D with the style as guidance label, beside the frozen trunk of config/styles_trunk.py. experiments/guidance.sh uses it.
+L2D with the style as guidance label, beside the trunk of config/styles_trunk.py (experiments/guidance.py).
 
     python train.py config/styles_l2d.py
 

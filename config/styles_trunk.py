@@ -1,5 +1,5 @@
 """
-The trunk of the guidance experiment: a GPT of 3 layers x 128 from scratch, on a mixture whose answers come in two styles.
+The trunk of the guidance experiment: a GPT of 3 layers x 128, on a mixture whose answers have two styles.
 
     python prepare_data.py styles && python train.py config/styles_trunk.py
 

@@ -12,10 +12,11 @@ sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join(FOLDERS)               # of the processes that tests start
 torch.set_num_threads(1)                                          # two of them may run beside a training
 
+from helpers import argv
+
 import prepare_data
 import train
 from checkpoint import load_checkpoint
-from helpers import argv
 from tokens import load_tokenizer
 
 

@@ -79,7 +79,7 @@ def wild_pair(seed=1, config=WILD, **path):
 
 
 class Naive:
-    """Algorithm 1 from DESIGN's text for one prompt: no cache, no batch, no table, no draft, a full forward for
+    """Algorithm 1 from the paper's text for one prompt: no cache, no batch, no table, no draft, a full forward for
     every evaluation. s: a Decoding; label: one number; eot: ends a text."""
     def __init__(self, model, s, label, eot=EOT):
         self.model, self.s, self.label, self.eot = model, s, label, eot
@@ -151,11 +151,12 @@ class Naive:
         grid = [end * i / n for i in range(n)] + [end]
         if s.t_hold:                                              # 0, and every call but the last at t_hold
             grid = [0.0] + [s.t_hold] * (n - 1) + [end]
+        m = None
         for i in range(n):
             a, b = grid[i], grid[i + 1]
             h = b - a
             if s.solver == "fixed_point":                             # on the line from x_0 to a mean of the guesses
-                m = self.f(x, a) if i == 0 else (1 - s.weight) * m + s.weight * self.f(x, a)
+                m = self.f(x, a) if m is None else (1 - s.weight) * m + s.weight * self.f(x, a)
                 x = (1 - b) * x_0 + b * m
             elif s.solver == "euler" or (i == 0 and (T - 1) % 2):
                 x = x + h * self.v(x, a)

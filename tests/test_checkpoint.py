@@ -31,7 +31,6 @@ import checkpoint as c
 import machine
 import train
 from checkpoint import describe, load_checkpoint, pair_from
-from configurator import UserError
 from files import lock
 from machine import Ranks
 

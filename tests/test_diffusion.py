@@ -11,8 +11,23 @@ from helpers import EOT, ROOT, WILD, Naive, error_of, generator, says, wild_pair
 
 import diffusion
 from decode import Decoding
-from diffusion import (Denoiser, Sampler, Tables, adaptive, algorithm_1, choose, draw, draw_times, last_time, nll, noise,
-                       sample_t, teacher_forced, time_grid, velocity)
+from diffusion import (
+    Denoiser,
+    Sampler,
+    Tables,
+    adaptive,
+    algorithm_1,
+    choose,
+    draw,
+    draw_times,
+    last_time,
+    nll,
+    noise,
+    sample_t,
+    teacher_forced,
+    time_grid,
+    velocity,
+)
 from model import L2D, PathConfig
 
 SOLVERS = ("euler", "midpoint", "heun", "fixed_point")

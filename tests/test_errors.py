@@ -82,7 +82,7 @@ def test_a_typo_in_a_config_file_is_as_wrong_and_says_where(error, tmp_path):
 
 # ---------------------------------------------------------------------------------- combinations and ranges
 @pytest.mark.parametrize("options, parts", [
-    (dict(trunk="scratch", trunk_mode="full", n_embd=30, n_head=4), ["n_embd=30", "not divisible", "n_head=4"]),
+    (dict(trunk="scratch", trunk_mode="full", n_embd=30, n_head=4), ["n_embd=30", "does not divide", "n_head=4"]),
     (dict(trunk="scratch", trunk_mode="full", n_layer=0), ["at least 1", "n_layer=0"]),
     (dict(block_size=129), ["block_size=129", "beyond the trunk's 128 positions"]),
     (dict(block_size=64), ["longest example", "block_size=64", "raise it"]),

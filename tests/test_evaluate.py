@@ -408,6 +408,11 @@ def test_a_stray_rank(out_dir, arithmetic):
     assert "WORLD_SIZE=2" in errors and "torchrun" in errors
 
 
+def test_a_full_disk():
+    with pytest.raises(UserError, match="write /dev/full: No space left on device; the answers in"):
+        exam.append("/dev/full", [{"id": 0}])
+
+
 def test_a_folder_that_cannot_be_written(run, out_dir):
     (out_dir / "eval").write_text("no folder")
     with pytest.raises((UserError, OSError)):
@@ -490,6 +495,21 @@ def test_likelihood_of_letters_at_one_step_is_a_plain_forward_pass(run, question
     with_answers, run_generated = results["rows"][0]["choices"], run.generated
     results, printed = run("--steps=1", "--exact_match=False", out_dir=asked, data_dir=questions)
     assert run.generated == 0 < run_generated and results["rows"][0]["choices"] == with_answers
+
+
+def test_problems_of_several_tasks_are_told_apart(run, arithmetic, encoding, monkeypatch, tmp_path):
+    """A mix of tasks without subjects: each task is one, and letters are asked for where there are any."""
+    numbers = [p._replace(label="math", where="") for p in load_split(arithmetic, "val").problems[:4]]
+    letters = [Problem(f"Question: Which of {i}?\nAnswer:", LETTERS[i], "mmlu", "math", choices=LETTERS)
+               for i in range(3)]
+    problems = [x for pair in zip(numbers, letters) for x in pair] + numbers[3:]
+    data = made_up(tmp_path / "mixed", {"val": problems})
+    model = random_pair(tmp_path / "model", load_manifest(data))
+    saying(monkeypatch, encoding, lambda T, i: problems[i].answer if i % 2 or i == 0 else "#### 100000")
+    (row,) = run("--steps=1", out_dir=model, data_dir=data)[0]["rows"]
+    assert row["by_subject"] == {"arithmetic": [0.25, 4], "mmlu": [1, 3]} and row["macro"] == 0.625
+    right, _ = choices_by_hand(load(str(model))[0], encoding, letters)
+    assert row["choices"]["right"] == "".join(str(int(r)) for r in right) and "macro" not in row["choices"]
 
 
 def test_letters_that_the_trunk_knows(run, questions, encoding, monkeypatch, tmp_path):

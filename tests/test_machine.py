@@ -203,6 +203,7 @@ def closed_pipe():
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)                 # the old one was opened on a file
 
 
 def test_training_goes_on_when_nobody_reads_what_it_prints(options, tmp_path):

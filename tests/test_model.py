@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import struct
 from pathlib import Path
 
 import pytest
@@ -285,7 +284,7 @@ def test_w_d_starts_at_w_init_for_t_above_0_and_is_0_at_t_0(time_scale):
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @torch.no_grad()
 def test_the_path_is_what_it_is_by_hand(mode, token_input):
-    """One position at a time, written from DESIGN section 2, with no code of model.py but the trunk's pass."""
+    """One position at a time, written from the paper, with no code of model.py but the trunk's pass."""
     model = pair(mode, time_scale=30.0, token_input=token_input, w_init=0.7)
     trunk, path, idx, at = model.trunk, model.path, tokens(2, 9), everywhere(2, 9)
     c = model.read(idx, at)
@@ -532,7 +531,7 @@ def test_every_path_parameter_wakes_up_and_the_trunk_never_moves(mode, w_init):
     start = copy.deepcopy(model.path.state_dict())
     seen = list(step_losses(model, model.parameters(), 8))
     first = {"path.w.2.weight"}
-    if w_init == 0:                                               # DESIGN section 2: only the head of w_d
+    if w_init == 0:                                               # then only the head of w_d
         assert seen[0] == first
     else:
         assert first < seen[0]

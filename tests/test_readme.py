@@ -93,7 +93,8 @@ def test_every_option_is_explained():
     """--help says something about every option but those whose name says it all."""
     plain = {"learning_rate", "num_samples", "max_new_tokens", "batch_size", "seed", "device", "dtype",
              "checkpoint", "min_lr", "log_every", "train_split", "val_split", "out_dir", "n_head", "n_embd",
-             "beta1", "beta2", "lora_alpha", "trunk_mode", "repeats", "split", "model"}
+             "beta1", "beta2", "lora_alpha", "trunk_mode", "repeats", "split", "model", "decode", "train", "path_mode",
+             "train_batch"}
     for cls in CONFIGS.values():
         source = "\n".join(inspect.getsource(base) for base in cls.__mro__ if base is not object)
         for field in fields(cls):

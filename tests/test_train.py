@@ -3,7 +3,6 @@ import hashlib
 import math
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     ROOT,
-    TINY,
     argv,
     child,
     error_of,
     evaluations,
-    files,
     generator,
     group,
     losses,
@@ -31,8 +28,7 @@ import train
 from checkpoint import load_checkpoint, load_trunk, pair_from
 from configurator import UserError, configure
 from diffusion import sample_t, time_grid
-from machine import Ranks
-from model import GPT, L2D, GPTConfig, LoRALinear
+from model import GPT, GPTConfig, LoRALinear
 from prepare_data import batch_of, batches_of_epoch, load_manifest, load_split
 
 MODES = [("frozen", "full"), ("frozen", "lora"), ("lora", "none"), ("lora", "full"), ("lora", "lora"),
@@ -88,8 +84,8 @@ def digest(tensors):
 
 def test_the_trunk_is_bit_for_bit_the_same_after_training(options, trunk):
     """L2D's headline: a hash over all of the trunk's weights, before training and after."""
-    before = load_checkpoint(trunk / "best.pt")["model"]
-    train.main(argv(**options, trunk=trunk / "best.pt"))
+    before = load_checkpoint(trunk / "last.pt")["model"]
+    train.main(argv(**options))
     after = load_checkpoint(options["out_dir"] / "last.pt")["model"]
     after = {name: tensor for name, tensor in after.items() if name.startswith("trunk.")}
     assert digest(after) == digest(before)
@@ -236,7 +232,7 @@ def test_an_epoch_takes_every_example_at_most_once_in_another_order(n, batch_siz
 def lengths_of_gsm8k():
     """Tokens of each training problem; the real ones where the data and GPT-2's tokenizer are at hand."""
     source, cache = ROOT.parent / "shared/gsm8k", ROOT.parent / "shared/tiktoken_cache"
-    if not (source.exists() and cache.exists()):                  # DESIGN section 6: mean 156, p99 321, max 439
+    if not (source.exists() and cache.exists()):                  # known of GSM8K: mean 156, p99 321, max 439
         return np.random.default_rng(0).gamma(6.8, 23, 7000).astype(int) + 20
     import json
     rows = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()]
@@ -360,6 +356,10 @@ def same_run(a, b, exact):
     one, other = (load_checkpoint(out / "last.pt") for out in (a, b))
     if exact:
         assert same_tensors(one["model"], other["model"]) and losses(a) == losses(b)
+    for tensors in (one["model"], other["model"]):                # a key's bias changes nothing: its gradient is
+        for name, tensor in tensors.items():                      # rounding, which Adam makes whole steps of
+            if name.endswith("attn.c_attn.bias"):
+                tensor.view(3, -1)[1] = 0
     torch.testing.assert_close(one["model"], other["model"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(losses(a), losses(b), rtol=1e-5)
     for x, y in zip(evaluations(a), evaluations(b), strict=True):
