@@ -276,6 +276,8 @@ class Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "train", "sample", "helpers", "pytest"])
         self.log, arguments = log, (module, words, env, str(log), before)
+        for name in ("out", "err"):                               # of a process before
+            Path(f"{log}.{name}").unlink(missing_ok=True)
         self.process = context.Process(target=_script, args=arguments, daemon=True)
         self.process.start()
 
