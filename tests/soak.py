@@ -23,30 +23,29 @@ from files import read_records
 
 
 def run(folder, name, words, kill_after=None):
-    """Train; SIGKILL kill_after seconds after its first step, or let it end. Returns whether it was killed."""
+    """Train; SIGKILL kill_after seconds after its first step, or let it end. Returns whether it was killed, and
+    the seconds since its first step."""
     process = Process(folder / f"{name}.log", "train", words)
+    while process.process.is_alive() and "\nstep" not in process.out():
+        time.sleep(0.002)
+    start = time.monotonic()
     if kill_after is not None:
-        end = time.monotonic() + 60
-        while process.process.is_alive() and time.monotonic() < end and "\nstep" not in process.out():
-            time.sleep(0.002)
         time.sleep(kill_after)
         process.process.kill()
     status = process.wait()
     assert status in (0, -9), (status, process.err())
-    return status == -9
+    return status == -9, time.monotonic() - start
 
 
 def soak(kills, folder, data_dir, trunk, seed=0, steps=60, say=lambda text: None):
     """Returns {"kills": n, "steps": where they fell, "same": whether the two runs are equal}."""
     shared = dict(data_dir=data_dir, trunk=trunk, steps=steps, eval_every=2, eval_examples=4, path_mode="lora")
-    start = time.monotonic()
-    assert not run(folder, "straight", argv(out_dir=folder / "straight", **shared))
-    seconds = time.monotonic() - start
+    _, seconds = run(folder, "straight", argv(out_dir=folder / "straight", **shared))
     rng, killed, resumed_at, words = random.Random(seed), 0, [], argv(out_dir=folder / "killed", **shared)
     while killed < kills:
         last, previous = (folder / "killed" / name for name in ("last.pt", "previous.pt"))
         resume = ["--resume"] if last.exists() or previous.exists() else []
-        if not run(folder, "killed", words + resume, rng.uniform(0, 1.5 * seconds / max(kills, 5))):
+        if not run(folder, "killed", words + resume, rng.uniform(0, seconds / kills))[0]:
             say("it ended before its kill")
             break
         killed += 1
@@ -54,7 +53,7 @@ def soak(kills, folder, data_dir, trunk, seed=0, steps=60, say=lambda text: None
         resumed_at.append(max((r["step"] for r in records), default=0))
         say(f"kill {killed}: at step {resumed_at[-1]}, files {sorted(p.name for p in (folder / 'killed').iterdir())}")
     resume = ["--resume"] if (folder / "killed/last.pt").exists() or (folder / "killed/previous.pt").exists() else []
-    assert not run(folder, "killed", words + resume)
+    run(folder, "killed", words + resume)
     a, b = (load_checkpoint(folder / name / "last.pt") for name in ("killed", "straight"))
     same = all(same_tensors(a[k], b[k]) for k in ("model", "optimizer", "step", "best"))
     same = same and timeless(folder / "killed") == timeless(folder / "straight")

@@ -255,7 +255,7 @@ def test_a_kill_while_saving_costs_no_checkpoint(fault, kept, options, tmp_path)
 def test_a_soak_of_kills_at_random_moments_ends_as_an_uninterrupted_run(options, tmp_path):
     """The short version of tests/soak.py."""
     report = soak(3, tmp_path, options["data_dir"], options["trunk"], steps=40)
-    assert report["kills"] == 3 and report["same"], report
+    assert report["kills"] >= 2 and report["same"], report        # a loaded machine may let a run end first
 
 
 # ----------------------------------------------------------------------------------- what resume goes on from
