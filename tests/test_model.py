@@ -1,18 +1,13 @@
 """model.py against transformers' GPT-2, closed forms, finite differences and invariances."""
 import copy
-import json
 import math
-import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import error_of, everywhere, generator, says, tokens
 
-import model as m
-from checkpoint import pretrained_trunk
 from diffusion import draw, nll
 from model import GPT, GPT2_SIZES, L2D, DiffusionPath, GPTConfig, PathConfig, scale_input, time_features
 
@@ -49,81 +44,10 @@ def noisy(n, seed=0, D=SMALL_PATH["x_dim"]):
     return torch.randn(n, D, generator=g), torch.rand(n, generator=g), torch.randint(4, (n,), generator=g)
 
 
-# ------------------------------------------------------------------------------------- fidelity to GPT-2
-SHAPES = {"even": dict(n_layer=2, n_head=4, n_embd=32, vocab_size=64, n_positions=24),
-          "odd": dict(n_layer=3, n_head=5, n_embd=35, vocab_size=101, n_positions=17),
-          "one head": dict(n_layer=1, n_head=1, n_embd=7, vocab_size=13, n_positions=9)}
-
-
-def hugging_face(kind, shape):
-    """A transformers GPT-2 with large random weights, biases and norms included."""
-    transformers = pytest.importorskip("transformers")
-    hf = getattr(transformers, kind)(transformers.GPT2Config(**shape)).eval()
-    return randomise(hf, std=0.3)
-
-
-@torch.no_grad()
-def hf_logits(hf, idx):
-    out = hf(idx)
-    return out.logits if hasattr(out, "logits") else out.last_hidden_state @ hf.wte.weight.T
-
-
+# -------------------------------------------------- the trunk; against transformers: tests/test_weights.py
 @torch.no_grad()
 def our_logits(trunk, idx):
     return trunk.head(trunk(idx)[0])
-
-
-@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "GPT2Model"])  # with and without the prefix transformer.
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logits_are_those_of_transformers(tmp_path, kind, shape, monkeypatch):
-    pytest.importorskip("safetensors")
-    shape = SHAPES[shape]
-    hf = hugging_face(kind, shape)
-    hf.save_pretrained(tmp_path)
-    trunk = pretrained_trunk(str(tmp_path))
-    assert trunk.config == GPTConfig(shape["n_positions"], shape["vocab_size"], shape["n_layer"], shape["n_head"],
-                                     shape["n_embd"])
-    idx = tokens(3, shape["n_positions"], vocab=shape["vocab_size"])
-    expected = hf_logits(hf, idx)
-    assert expected.std() > 0.5
-    torch.testing.assert_close(our_logits(trunk, idx), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(our_logits(trunk, idx[:, :1]), expected[:, :1], atol=1e-5, rtol=1e-5)
-
-    gelu = F.gelu                                                 # these weights tell the two GELUs apart
-    monkeypatch.setattr(m.F, "gelu", lambda x, approximate: gelu(x))
-    assert (our_logits(trunk, idx) - expected).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_files_in_half_precision_load_as_float32(tmp_path, dtype):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    hf = hugging_face("GPT2LMHeadModel", SHAPES["even"]).to(dtype)
-    tensors = {k: v.clone() for k, v in hf.state_dict().items()}
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(SHAPES["even"]))
-    trunk, idx = pretrained_trunk(str(tmp_path)), tokens(2, 20)
-    assert {p.dtype for p in trunk.parameters()} == {torch.float32}
-    torch.testing.assert_close(our_logits(trunk, idx), hf_logits(hf.float(), idx), atol=1e-5, rtol=1e-5)
-
-
-def test_sizes_have_the_published_parameter_counts():
-    expected = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
-                "gpt2-xl": 1_557_611_200}
-    with torch.device("meta"):
-        counts = {name: sum(p.numel() for p in GPT(config).parameters()) for name, config in GPT2_SIZES.items()}
-    assert counts == expected
-
-
-def test_the_real_gpt2_writes_what_it_is_known_to_write():
-    weights = Path(__file__).parent.parent / "data/weights/gpt2/model.safetensors"
-    path = Path(os.environ.get("L2D_GPT2", weights))
-    if not path.exists():
-        pytest.skip(f"the real weights are not at {path} (or where L2D_GPT2 says)")
-    trunk, ids = pretrained_trunk(str(path)), [464, 3290]
-    while len(ids) < 20:
-        ids.append(our_logits(trunk, torch.tensor([ids]))[0, -1].argmax().item())
-    assert ids == [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198,
-                   198, 464, 3290]
 
 
 def test_trunk_sizes_that_do_not_fit_are_refused():
