@@ -203,6 +203,8 @@ class Sampler:
         require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
         require(not self.t_hold or self.t_hold <= self.t_end,
                 f"t_hold={self.t_hold} needs a later t_end, not {self.t_end}")
+        require(self.solver != "adaptive" or not (self.t_hold or self.guide_last),
+                "solver=adaptive chooses its own times and reads its last guess: no t_hold, no guide_last")
         require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
         require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
 

@@ -116,6 +116,8 @@ def test_a_setting_of_train_that_cannot_work(options, parts, error, tmp_path):
     (dict(temperature=-0.5), ["temperature=-0.5", "at least 0"]), (dict(top_k=-1), ["top_k=-1", "at least 0"]),
     (dict(t_end=1.5), ["t_end=1.5", "at most 1"]), (dict(t_hold=0.5), ["t_hold=0.5", "t_end"]),
     (dict(tol=0), ["tol=0", "above 0"]), (dict(stop=-1), ["stop=-1", "at least 0"]),
+    (dict(solver="adaptive", t_hold=0.5, t_end=0.9), ["solver=adaptive", "t_hold"]),
+    (dict(solver="adaptive", guide_last=True), ["solver=adaptive", "guide_last"]),
     (dict(weight=0), ["weight=0", "above 0"]), (dict(steps=0), ["steps=0", "at least 1"]),
     (dict(draft=-1), ["draft=-1", "at least 0"]), (dict(seed=-1), ["seed=-1", "at least 0"]),
     (dict(max_new_tokens=0), ["max_new_tokens=0", "at least 1"]), (dict(num_samples=0), ["num_samples=0", "at least 1"]),
