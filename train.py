@@ -242,7 +242,8 @@ def set_up(config, ranks):
         lock_file, checkpoint = open_out_dir(config, ranks)
         torch.manual_seed(config.seed)
         model = pair_from(checkpoint, checkpoint["path"]) if checkpoint else make_model(config, manifest)
-    model.trunk.requires_grad_(config.trunk_mode == "full")
+    if config.trunk_mode == "full":                           # the pair froze it
+        model.trunk.requires_grad_(True)
     if config.trunk_mode == "lora" and not checkpoint:
         model.trunk.add_lora(config.lora_rank, config.lora_alpha)
     model.to(ranks.device)

@@ -26,6 +26,7 @@ from helpers import (
 )
 from soak import soak
 from test_model import TINY, noisy, pair
+from test_train import MODES
 
 import checkpoint as c
 import machine
@@ -188,6 +189,28 @@ def test_a_run_that_was_stopped_and_killed_goes_on_as_if_nothing_had_happened(op
     status, out, err = script(tmp_path, "train", *words)
     assert (status, err) == (0, "")
     equals_uninterrupted(tmp_path / "out", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("trunk_mode, path_mode", MODES)
+def test_a_run_of_any_mode_goes_on_as_if_it_had_not_been_stopped(trunk_mode, path_mode, options, tmp_path, monkeypatch):
+    """What trains goes on training: a LoRA on the trunk and an unfrozen trunk, too."""
+    shared = options | dict(steps=6, eval_every=4, eval_examples=16, trunk_mode=trunk_mode, path_mode=path_mode)
+    train.main(argv(**shared | dict(out_dir=tmp_path / "straight")))
+    with monkeypatch.context() as patch:
+        report = train.report
+
+        def stop_at_3(run, *args):
+            report(run, *args)
+            if run.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        patch.setattr(train, "report", stop_at_3)
+        try:                                                      # pytest.raises would keep the frame, and its lock
+            train.main(argv(**shared))
+        except SystemExit as e:
+            assert e.code == 143
+    assert load_checkpoint(options["out_dir"] / "last.pt")["step"] == 3
+    train.main(argv(**shared, resume=True))
+    equals_uninterrupted(options["out_dir"], tmp_path / "straight")
 
 
 def test_a_second_signal_ends_at_once_with_the_last_checkpoint_intact(options, tmp_path):
