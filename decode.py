@@ -14,17 +14,18 @@ the path reads its weights once for K positions. It is speculative decoding (Lev
 draft model is the trunk itself, whose passes over the tokens kept were needed anyway.
 """
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from configurator import UserError
+from configurator import at_least
 from diffusion import Denoiser, Sampler, Tables, choose, predict
 from model import Context
 
-HALF = 32               # a pass over n positions takes about 1 + n / HALF times one over a single position
+HALF = 32               # a pass over n positions takes about as long as 1 + n / HALF passes over few
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ class Decoding(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.max_new_tokens < 1 or self.draft < 0 or self.seed < 0:
-            raise UserError(f"error: max_new_tokens={self.max_new_tokens} must be at least 1, "
-                            f"draft={self.draft} and seed={self.seed} at least 0")
+        at_least(self, max_new_tokens=1, draft=0, seed=0)
 
 
 @dataclass
@@ -60,9 +59,9 @@ class Rows:
     out: list                       # the Generated of each
     positions: list                 # the position of token, as numbers: shapes and masks depend on them
     token: torch.Tensor             # (B,) the last token known
-    h: torch.Tensor                 # (B, C) the trunk's state there; None where the trunk has not read it yet
-    label: object                   # guidance labels (B,), or one number for all
-    x_0: torch.Tensor               # (B, max_new_tokens, D), of unit variance
+    h: torch.Tensor | None          # (B, C) the trunk's state there; None: the trunk has not read it yet
+    label: torch.Tensor             # (B,) guidance labels
+    x_0: torch.Tensor               # (B, max_new_tokens, D)
     u: torch.Tensor                 # (B, max_new_tokens, steps + 1)
     cache: list                     # L pairs (k, v), each (B, H, S or more, C/H)
 
@@ -70,12 +69,11 @@ class Rows:
         """Only these rows go on."""
         i = torch.tensor(rows, dtype=torch.long, device=self.token.device)
         self.out, self.positions = [self.out[r] for r in rows], [self.positions[r] for r in rows]
-        self.token, self.x_0, self.u = self.token[i], self.x_0[i], self.u[i]
-        self.label = self.label if type(self.label) is int else self.label[i]
+        self.token, self.label, self.x_0, self.u = self.token[i], self.label[i], self.x_0[i], self.u[i]
         self.cache = [(k[i], v[i]) for k, v in self.cache]
 
     def grow(self, S):
-        """Room for S positions in the cache, and hardly more: a CPU reads a small one faster."""
+        """Room for S positions in the cache, and 7 to spare: a CPU reads a small one faster."""
         if S > self.cache[0][0].size(2):
             self.cache = [tuple(F.pad(z, (0, 0, 0, S + 7 - z.size(2))) for z in pair) for pair in self.cache]
 
@@ -126,9 +124,10 @@ def read_prompts(model, prompts, config, label, ids):
     device, positions = model.trunk.wte.weight.device, [len(prompt) - 1 for prompt in prompts]
     idx = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)        # (B, P)
     c = model.read(idx, (torch.arange(len(prompts), device=device), torch.tensor(positions, device=device)))
-    x_0, u = row_noise(ids, config, model.path.config.x_dim if config.steps > 1 else 0, device)
-    label = label[0] if len(set(label)) == 1 else torch.tensor(label, device=device)
-    return Rows([Generated() for _ in prompts], positions, c.token, c.h, label, x_0, u, c.kv)
+    D, sigma = (model.path.config.x_dim, model.path.config.sigma) if config.steps > 1 else (0, 1.0)
+    x_0, u = row_noise(ids, config, D, device)
+    label = torch.tensor(label, device=device)
+    return Rows([Generated() for _ in prompts], positions, c.token, c.h, label, sigma * x_0, u, c.kv)
 
 
 def write_draft(model, rows, K, eot, config):
@@ -157,10 +156,9 @@ def refine(model, rows, draft, tables, config, trace):
     c = Context(flat(draft.h), flat(draft.token), flat(draft.pos), kv, at, mask)
     own = torch.arange(len(draft.n), device=draft.n.device)[:, None], draft.n
     u, x_0 = flat(rows.u[own]), flat(rows.x_0[own])               # (N, steps + 1), (N, D)
-    label = rows.label if type(rows.label) is int else flat(rows.label[:, None].expand_as(draft.n))
-    f = Denoiser(model, config, tables, c, label, u, flat(draft.logits), trace)
-    logits = predict(f, x_0 if tables is None else model.path.config.sigma * x_0, config)
-    return choose(logits, u[:, 0], config.temperature, config.top_k), f
+    label = flat(rows.label[:, None].expand_as(draft.n))
+    f = Denoiser(model, config, tables, c, label, x_0, u, flat(draft.logits), trace)
+    return choose(predict(f), u[:, 0], config.temperature, config.top_k), f
 
 
 def accept(rows, draft, y, f, eot):
@@ -173,12 +171,15 @@ def accept(rows, draft, y, f, eot):
         differs = [j for j in range(n_valid) if refined[row][j] != drafted[row][j]]
         kept = differs[0] + 1 if differs else n_valid             # the first that differs is right, too
         out.rejected += [out.predicted + kept - 1] if differs else []
-        out.trace += [trace for _, trace in zip(range(n_valid), traces)][:kept]
+        out.trace += list(islice(traces, n_valid))[:kept]
         out.tokens += refined[row][:kept]
-        out.predicted, out.rounds = out.predicted + kept, out.rounds + 1
-        out.nfe, out.computed = out.nfe + sum(nfe[row][:kept]), out.computed + sum(nfe[row])
+        out.predicted += kept
+        out.nfe += sum(nfe[row][:kept])
+        out.computed += sum(nfe[row])
+        out.rounds += 1
         if out.tokens[-1] == eot:
-            out.ended = bool(out.tokens.pop() == eot)
+            out.tokens.pop()
+            out.ended = True
         rows.positions[row] += kept
         n_kept.append(kept)
     last = torch.tensor(n_kept, device=y.device)[:, None] - 1
@@ -215,7 +216,7 @@ def generate(model, prompts, eot, config, label=None, ids=None, trace=False):
     config = replace(config, max_new_tokens=min(config.max_new_tokens, block_size))
     rows = read_prompts(model, prompts, config, label or [model.no_label] * B, ids or range(B))
     tables = Tables(model) if config.steps > 1 else None
-    out = rows.out
+    out = rows.out                                                # of all; rows.out loses those that end
     while rows.out:
         K = 1 if config.steps == 1 else min(next_length(rows.out, config), block_size - max(rows.positions))
         rows.grow(max(rows.positions) + K)

@@ -5,10 +5,11 @@ The diffusion of L2D: noising, loss, velocity, solvers, guidance and Algorithm 1
 
 A language model predicts the next token from its context c alone. L2D reads that as one step of diffusion,
 taken at t = 0, where x_t is noise. It goes on: the guess moves x_t towards the guessed token's embedding, and
-the path looks again, with x_t in hand. T, here `steps`, counts the evaluations for one token, the first
+the path predicts again, from x_t too. T, the option `steps`, counts the evaluations for one token, the first
 included.
 
-Symbols and shapes are those of model.py; "Eq." is the paper's. Read noise, nll, velocity, algorithm_1 first.
+Symbols and shapes are those of model.py, but T; "Eq." is the paper's. x_1_hat (N, D) is the guess at x_1.
+Read noise, nll, velocity, algorithm_1 first.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -27,23 +28,9 @@ def noise(x_1, x_0, t):
     return t[:, None] * x_1 + (1 - t[:, None]) * x_0
 
 
-def sample_t(n, generator, stratified=True):
-    """t ~ U[0, 1), one for each of n positions.
-
-    stratified: one draw from each of n equal bins, in random order. Each t alone is still uniform, and the
-    mean over the batch varies less (deviation 5; as in VDM, Kingma et al. 2021, App. I).
-    """
-    device = generator.device
-    u = torch.rand(n, generator=generator, device=device)
-    if not stratified:
-        return u
-    bins = torch.randperm(n, generator=generator, device=device)
-    return ((bins + u) / n).clamp(max=1 - 2 ** -24)               # float32 must not round up to 1
-
-
-def draw(n, path_config, generator, stratified=True):
-    """t (n,) and x_0 ~ N(0, sigma^2 I) (n, D), float32, independent for every position."""
-    t = sample_t(n, generator, stratified)
+def draw(n, path_config, generator):
+    """t ~ U[0, 1) (n,) and x_0 ~ N(0, sigma^2 I) (n, D), float32, independent for every position."""
+    t = torch.rand(n, generator=generator, device=generator.device)
     x_0 = torch.randn(n, path_config.x_dim, generator=generator, device=generator.device)
     return t, path_config.sigma * x_0
 
@@ -51,11 +38,11 @@ def draw(n, path_config, generator, stratified=True):
 def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
     """Eq. 3: -log f(x_t, t, c)_y at each target, float32 (N,). The caller sums and weighs.
 
-    idx (B, T) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the targets;
-    label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. unroll = (times, weight), in place of t:
-    x_t comes not from the truth but from the model's own mean guesses, by Algorithm 1 through these times
-    (fixed_point with this weight; euler at 0), and the gradient goes through all of it (deviation 12).
-    Without a path: plain cross-entropy of the trunk.
+    idx (B, length) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the
+    targets; label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. unroll = T, in place of t: x_t
+    comes not from the truth but from the model's own mean guesses, by Algorithm 1 with T evaluations of the
+    solver fixed_point, and the gradient goes through all of them (deviation 12). Without a path: plain
+    cross-entropy of the trunk.
     """
     c = model.read(idx, at)
     if model.path is None:
@@ -65,17 +52,14 @@ def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
         x_t = noise(x_1, x_0, t)
         logits = model(x_t, t, c, label[at[0]])                   # (N, V_size)
     else:
-        f = Denoiser(model, Sampler(guess="mean"), Tables(model), c, label[at[0]])
-        times, weight = unroll
-        step = partial(fixed_point_step, x_0=x_0, weight=weight) if weight else euler_step
-        logits = algorithm_1(f, x_0, times, step)
+        sampler = Sampler(steps=unroll, solver="fixed_point", guess="mean")
+        logits = predict(Denoiser(model, sampler, Tables(model), c, label[at[0]], x_0))
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
-def draw_times(most_calls, t_end, t_hold, generator):
-    """The times of one unrolled pass: 1 to most_calls path calls, uniform in the logarithm, on time_grid."""
-    n_calls = int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
-    return time_grid(n_calls, t_end, t_hold)
+def draw_unroll(most_calls, generator):
+    """T of one unrolled pass: 1 to most_calls path calls, uniform in the logarithm, and the trunk's."""
+    return 1 + int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
 
 
 # --------------------------------------------------------------------------------------------- solvers
@@ -108,9 +92,10 @@ def heun_step(dx, x, a, b):
 def fixed_point_step(dx, x, a, b, x_0, weight):
     """From time a to b on the line from x_0 to m, a mean of the guesses that each call moves by `weight`.
 
-    Every solver here stays on lines x_t = (1 - t) x_0 + t m. Euler gives the newest guess the weight
-    (b - a) / ((1 - a) b), which falls with every call. Here it is the same at every call but the first: a
-    relaxed fixed-point iteration of m -> x_1_hat (deviation 13). One evaluation.
+    Every solver here keeps x_t on a line from x_0: x_t = (1 - t) x_0 + t m, where m is a weighted mean of the
+    guesses so far. Euler gives the newest guess the weight (b - a) / ((1 - a) b), which falls with every
+    call. Here it is the same at every call but the first: a relaxed fixed-point iteration m <- x_1_hat
+    (deviation 5). m is read off x_t, so that the step has no state. One evaluation.
     """
     x_1_hat = x + (1 - a) * dx(x, a)
     m = x_1_hat if a == 0 else (x - (1 - a) * x_0) / a
@@ -123,33 +108,35 @@ def time_grid(n, t_end, t_hold=0.0):
     return [0.0] + [t_hold if t_hold and i < n else t_end * (i / n) for i in range(1, n + 1)]
 
 
-def last_time(steps):
-    """The time of the last of `steps` evaluations (deviation 6): (steps - 1) / steps, at most 15/16.
+def last_time(steps, solver):
+    """The time of the last of `steps` evaluations (deviation 6): (steps - 1) / steps, at most 15/16; of
+    fixed_point 0.9.
 
     At 1 Euler's x_t is V of the guess, exactly, and holds nothing else. Above 15/16 x_t shows the guess,
     right or wrong, to a path trained on x_t from the truth, and accuracy falls (docs/LOG.md).
     """
-    return min((steps - 1) / steps, 15 / 16)
+    return 0.9 if solver == "fixed_point" else min((steps - 1) / steps, 15 / 16)
 
 
 def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
-    """Euler's steps, their size chosen by Heun's error estimate, for each position alone (deviation 7).
+    """Euler's steps, of sizes chosen by Heun's error estimate, for each position on its own (deviation 7).
 
     From (x, t) with slope v, the trial x' = x + dt v is evaluated at t + dt, which gives the slope v' there.
     Heun and Euler differ by e = dt/2 |v' - v| / sqrt(D). If e <= tol the position moves to x' and keeps v',
     so that an accepted step costs one evaluation; else it tries again with a smaller dt. With argmax guesses
     e is 0 exactly where the guess has not changed. A position ends at t_end or when its `steps` evaluations
-    are spent. x_1_hat(x, t, where) is asked for the positions where (N,) bool only. Returns x and t (N,),
-    where each stands.
+    are spent; the token is then chosen from its last evaluation, be that of an accepted step or of a trial.
+    x_1_hat(x, t, where) is asked for the positions where (N,) bool only. Returns x and t (N,), where each
+    stands.
     """
     t = torch.zeros(len(x), device=x.device)
     dt = torch.full_like(t, first_step)
-    where = torch.full_like(t, steps > 1, dtype=torch.bool)
+    where = torch.ones_like(t, dtype=torch.bool)
     v = velocity(x, t, x_1_hat(x, 0.0, where))
     for _ in range(steps - 1):
         if not where.any():
             break
-        t_new = torch.where(t + 1.01 * dt > t_end, t_end, t + dt)  # no crumb of a step before the end
+        t_new = torch.where(t + 1.01 * dt > t_end, t_end, t + dt)  # leave no sliver for a last step
         dt = t_new - t
         x_new = x + dt[:, None] * v
         guess, at_1 = x_1_hat(x_new, t_new, where), t_new == 1    # at 1 there is no slope: the step stands
@@ -162,6 +149,11 @@ def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
         dt = torch.where(where, dt * factor, dt)
         where = where & (t < t_end)
     return x, t
+
+
+SOLVERS = {"euler": (euler_step, 1), "midpoint": (midpoint_step, 2), "heun": (heun_step, 2),
+           "fixed_point": (fixed_point_step, 1),              # a step, and the evaluations it takes
+           "adaptive": (euler_step, 1)}                       # see predict
 
 
 # ----------------------------------------------------------------------------------------- Algorithm 1
@@ -185,50 +177,52 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal["euler", "midpoint", "heun", "fixed_point",
-                    "adaptive"] = "euler"  # adaptive takes at most `steps` evaluations
-    t_end: float = 0.0              # time of the last evaluation; 0 = last_time(steps); the paper has 1
-    t_hold: float = 0.0             # time of all path calls but the last; 0 = evenly spaced up to t_end
+    solver: Literal[tuple(SOLVERS)] = "euler"  # adaptive takes at most `steps` evaluations
+    t_end: float = 0.0              # time of the last; 0 = 1 - 1/T, at most 15/16; fixed_point: 0.9
+    t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0 = even up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # a token is done when x_1_hat is so near to where x_t points; 0 = off
+    stop: float = 0.0               # a token is done at |x_1_hat - m| <= stop sqrt(D), see distance; 0 = off
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
-    guide_last: bool = False        # guide the last logits, too; the paper guides x_1_hat alone
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
     top_k: int = 0                  # choose among the k most probable tokens; 0 = all
 
     def __post_init__(self):
         at_least(self, steps=1, t_hold=0, t_end=0, stop=0, temperature=0, top_k=0)
         require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
-        require(not self.t_hold or self.t_hold <= self.t_end,
-                f"t_hold={self.t_hold} needs a later t_end, not {self.t_end}")
-        require(self.solver != "adaptive" or not (self.t_hold or self.guide_last),
-                "solver=adaptive chooses its own times and reads its last guess: no t_hold, no guide_last")
         require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
         require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
+        for name, solver in (("t_hold", "fixed_point"), ("weight", "fixed_point"), ("tol", "adaptive")):
+            value = getattr(self, name)
+            require(self.solver == solver or value == getattr(Sampler, name),
+                    f"{name}={value} acts on solver={solver} alone, not on {self.solver}; leave it out")
+        require(self.solver != "fixed_point" or self.t_hold <= self.last_time(),
+                f"t_hold={self.t_hold} needs a later t_end, not {self.last_time()}")
+
+    def last_time(self):
+        return self.t_end or last_time(self.steps, self.solver)
 
     def plan(self, x_0):
         """The times and the step of Algorithm 1 that spend `steps` evaluations."""
-        cost = 2 if self.solver in ("midpoint", "heun") else 1
+        step, cost = SOLVERS[self.solver]
         n, odd = divmod(self.steps - 1, cost)
-        times = time_grid(n + odd, self.t_end or last_time(self.steps), self.t_hold)
-        fixed_point = partial(fixed_point_step, x_0=x_0, weight=self.weight)
-        step = {"midpoint": midpoint_step, "heun": heun_step, "fixed_point": fixed_point
-                }.get(self.solver, euler_step)
-        if odd:                                               # the first interval by Euler: one evaluation
-            return times, lambda dx, x, a, b: (step if a else euler_step)(dx, x, a, b)
-        return times, step
+        if self.solver == "fixed_point":
+            step = partial(step, x_0=x_0, weight=self.weight)
+            return time_grid(n, self.last_time(), self.t_hold), step
+
+        def euler_first(dx, x, a, b):                         # one evaluation is over
+            return euler_step(dx, x, a, b) if a == 0 else step(dx, x, a, b)
+        return time_grid(n + odd, self.last_time()), euler_first if odd else step
 
 
-def predict(f, x_0, sampler):
+def predict(f):
     """Logits (N, V_size) of the last evaluation: by Algorithm 1, or each position at times of its own."""
-    f.x_0 = x_0
-    if sampler.solver == "adaptive" and sampler.steps > 1:
-        t_end = sampler.t_end or last_time(sampler.steps)
-        adaptive(f.x_1_hat, x_0, sampler.steps, sampler.tol, t_end)
+    s = f.sampler
+    if s.solver == "adaptive" and s.steps > 1:
+        adaptive(f.x_1_hat, f.x_0, s.steps, s.tol, s.last_time())
         return f.last
-    return algorithm_1(f, x_0, *sampler.plan(x_0))
+    return algorithm_1(f, f.x_0, *s.plan(f.x_0))
 
 
 def choose(logits, u, temperature=1.0, top_k=0):
@@ -265,13 +259,14 @@ class Denoiser:
     The first evaluation, at t = 0, is the trunk's head: no path call. The others are counted in nfe (N,), and
     leave out the positions that have stopped. last (N, V_size) and guess (N,): of the last evaluation.
 
-    c: the Context of the positions. label: guidance labels (N,), or one number for all. u (N, steps + 1):
-    uniform numbers for sampled guesses. last: the trunk's logits, if known. trace: keep, for each position, a
-    list of (t, guess, probability) of its evaluations.
+    c: the Context of the positions. label (N,): guidance labels. x_0 (N, D): the noise it starts from. u (N,
+    steps + 1): uniform numbers for sampled guesses. last: the trunk's logits, if known. trace: keep, for each
+    position, a list of (t, guess, probability) of its evaluations.
     """
-    def __init__(self, model, sampler, tables, c, label, u=None, last=None, trace=False):
+    def __init__(self, model, sampler, tables, c, label, x_0, u=None, last=None, trace=False):
         self.model, self.sampler, self.tables = model, sampler, tables
-        self.c, self.label, self.u = c, label, u
+        self.c, self.label, self.x_0, self.u = c, label, x_0, u
+        self.no_label = torch.full_like(label, model.no_label)
         self.nfe = torch.zeros_like(c.pos)
         self.running = torch.ones_like(c.pos, dtype=torch.bool)
         self.trace = [[] for _ in c.pos] if trace else None
@@ -281,31 +276,30 @@ class Denoiser:
         self.write_trace(0.0)
 
     def logits(self, x_t, t):
-        """f(x_t, t, c), (N, V_size), at the time t; with guide_last guided as Eq. 7 does x_1_hat."""
-        i, w = self.evaluate(x_t, t), self.sampler.guidance
-        if self.sampler.guide_last and w != 1 and i is not None:
-            free = self.path_call(x_t, t, i, self.model.no_label)
-            self.last[i] = w * self.last[i] + (1 - w) * free
+        """f(x_t, t, c), (N, V_size), at the time t."""
+        self.evaluate(x_t, t)
         return self.last
 
     def x_1_hat(self, x_t, t, where=None):
         """The guess at (x_t, t), (N, D): V_y of one token y, or the mean over all. With guidance w, Eq. 7
         (deviation 8): w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls."""
-        i, w = self.evaluate(x_t, t, where), self.sampler.guidance
+        before, w = self.guess, self.sampler.guidance
+        i = self.evaluate(x_t, t, where)
         x_1_hat = self.embed(self.last, self.guess)
         if w != 1 and i is not None:
-            free = self.path_call(x_t, t, i, self.model.no_label)
+            free = self.path_call(x_t, t, i, self.no_label)
             x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(free, self.best(free, i))
         if self.sampler.stop and i is not None:
-            self.running[i] = self.moves(x_t[i], t[i, None] if torch.is_tensor(t) else t, x_1_hat[i], i)
+            t = t[:, None] if torch.is_tensor(t) else t
+            far = self.distance(x_t, t, x_1_hat) > self.sampler.stop
+            self.running[i] = (far | (self.guess != before))[i]
         return x_1_hat
 
-    def moves(self, x_t, t, x_1_hat, i):
-        """Whether the guess at the positions i may still change, (n,) bool: it has just done so, or x_1_hat
-        is not yet the mean m of the guesses before it, to which x_t = (1 - t) x_0 + t m points."""
-        m = (x_t - (1 - t) * self.x_0[i]) / t
-        distance = (x_1_hat - m).norm(dim=1) / x_t.size(1) ** 0.5  # in units of x_1's standard deviation
-        return ~self.same | (distance > self.sampler.stop)
+    def distance(self, x_t, t, x_1_hat):
+        """|x_1_hat - m| / sqrt(D), (N,): how far the newest guess is from the mean m of those before it, to
+        which x_t = (1 - t) x_0 + t m points."""
+        m = (x_t - (1 - t) * self.x_0) / t
+        return (x_1_hat - m).norm(dim=1) / x_t.size(1) ** 0.5
 
     def evaluate(self, x_t, t, where=None):
         """Evaluate at t, a float or (N,), the positions that have not stopped; of these only where (N,) bool.
@@ -321,26 +315,26 @@ class Denoiser:
         self.n_evaluations += 1
         last = self.path_call(x_t, t, i, self.label)
         guess = self.best(last, i)
-        self.same = guess == self.guess[i]
         if isinstance(i, slice):
             self.last, self.guess = last, guess
         else:
-            self.last[i], self.guess[i] = last, guess
+            self.last, self.guess = self.last.index_put((i,), last), self.guess.index_put((i,), guess)
         self.write_trace(t, i)
         return i
 
     def path_call(self, x_t, t, i, label):
-        """Logits (n, V_size) of the pair at the positions i, with this label."""
+        """Logits (n, V_size) of the pair at the positions i, with these labels (N,)."""
         self.nfe[i] += 1
-        one = slice(label, label + 1) if type(label) is int else label[i]      # one row of a table for all
+        x_t, label = x_t[i], label[i]
         if torch.is_tensor(t):                                # each position has its own time
-            t, labels = t[i], torch.arange(self.model.no_label + 1, device=t.device)[one]
-            condition = self.model.path.condition(t, labels.expand(t.shape))
+            t = t[i]
+            condition = self.model.path.condition(t, label)
         else:
-            (modulations, w_d), t = self.tables[t], torch.full((len(x_t[i]),), t, device=x_t.device)
-            condition = [m[one] for m in modulations], w_d[one]
+            modulations, w_d = self.tables[t]
+            condition = [m[label] for m in modulations], w_d[label]
+            t = torch.full_like(x_t[:, 0], t)
         c = self.c if isinstance(i, slice) else self.c.select(i)
-        return self.model(x_t[i], t, c, None, condition).float()
+        return self.model(x_t, t, c, label, condition).float()
 
     def best(self, logits, i=slice(None)):
         """The guess (n,) at the positions i: the most probable token, or a sampled one."""
@@ -366,14 +360,14 @@ class Denoiser:
 def teacher_forced(model, idx, at, sampler, generator, label=None):
     """Algorithm 1 at every position given its true context, all at once: sharper than comparing texts.
 
-    idx (B, T); at = (rows, columns), each (N,); label (B,) or None; generator draws the noise. Returns logits
-    (N, V_size) and path calls (N,).
+    idx (B, length); at = (rows, columns), each (N,); label (B,) or None; generator draws the noise. Returns
+    logits (N, V_size) and path calls (N,).
     """
     c, n, tables, x_0 = model.read(idx, at), len(at[0]), None, None
-    label = model.no_label if label is None else label[at[0]]
+    label = torch.full_like(at[0], model.no_label) if label is None else label[at[0]]
     if sampler.steps > 1:
         tables, config = Tables(model), model.path.config
         x_0 = config.sigma * torch.randn(n, config.x_dim, generator=generator, device=idx.device)
     u = torch.rand(n, sampler.steps + 1, generator=generator, device=idx.device)
-    f = Denoiser(model, sampler, tables, c, label, u)
-    return predict(f, x_0, sampler), f.nfe
+    f = Denoiser(model, sampler, tables, c, label, x_0, u)
+    return predict(f), f.nfe

@@ -185,7 +185,7 @@ def evaluate(config, ranks):
     part = f"_first{exam.n}" if exam.n < len(exam.data.problems) else ""     # never in place of all problems
     key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
     os.makedirs(folder, exist_ok=True)
-    small = [str(d.steps) for d in decodings if d.guidance != 1 and d.steps <= 2 - d.guide_last]
+    small = [str(d.steps) for d in decodings if d.guidance != 1 and d.steps <= 2]
     if small:
         ranks.say(f"note: guidance={config.guidance} changes nothing at steps={','.join(small)}: it moves "
                   "x_t for a later path call, and there is none")

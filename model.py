@@ -7,7 +7,8 @@ predict, attends to the trunk's keys and values, and is added to the trunk once,
 head. diffusion.py says where x_t comes from.
 
 Shapes and symbols, here and in diffusion.py:
-    B, T    batch, sequence length                 C, L, H  n_embd, n_layer, n_head
+    B, T    batch, sequence length (T elsewhere:   C, L, H  n_embd, n_layer, n_head
+            evaluations of one token, `steps`)
     S       keys that a query may look at          V_size   vocabulary
     N       positions at which a token is predicted, flat: in training the targets of a batch, in decoding
             one or more positions of each row
@@ -93,8 +94,7 @@ def attention(q, k, v, mask=None):
     B, T, C = q.shape
     q = q.view(B, T, k.size(1), -1).transpose(1, 2)               # (B, H, T, C/H)
     assert mask is not None or T in (1, k.size(2)), "the causal mask needs as many queries as keys"
-    # a bool, not `mask is None and T > 1`: that turns symbolic once T varies, and torch.compile breaks on it
-    is_causal = True if mask is None and T > 1 else False
+    is_causal = True if mask is None and T > 1 else False         # a symbolic bool breaks torch.compile
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     return y.transpose(1, 2).reshape(B, T, C)
 
@@ -235,7 +235,7 @@ def time_features(t, dim, time_scale):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def scale_input(x_t, t, sigma, kind):
+def scale_input(x_t, t, sigma, input_scale):
     """What the path is fed (deviation 3), float32 (N, D).
 
     A coordinate of x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2, since one of x_1 has 1
@@ -244,7 +244,7 @@ def scale_input(x_t, t, sigma, kind):
     wiener: t x_t / variance, the best linear estimate of x_1: near 0 while x_t says nothing.
     """
     variance = t * t + (1 - t) ** 2 * sigma ** 2                  # (N,)
-    gain = t / variance if kind == "wiener" else variance.rsqrt()
+    gain = t / variance if input_scale == "wiener" else variance.rsqrt()
     return x_t * gain[:, None]
 
 
@@ -257,9 +257,9 @@ class PathBlock(nn.Module):
             self.c_q = nn.Linear(C, C)
             self.c_q.weight.data.copy_(attn.c_attn.weight[:C])    # the query third of c_attn
             self.c_q.bias.data.copy_(attn.c_attn.bias[:C])
-            copies = map(copy.deepcopy, (block.ln_1, attn.c_proj, block.ln_2, mlp))
-            self.ln_1, self.c_proj, self.ln_2, self.mlp = copies
-            self.requires_grad_(True)
+            self.ln_1, self.c_proj = copy.deepcopy(block.ln_1), copy.deepcopy(attn.c_proj)
+            self.ln_2, self.mlp = copy.deepcopy(block.ln_2), copy.deepcopy(mlp)
+            self.requires_grad_(True)                             # copies of frozen weights are frozen
         else:
             borrow(self, "ln_1", block.ln_1)
             borrow(self, "ln_2", block.ln_2)
@@ -268,11 +268,12 @@ class PathBlock(nn.Module):
             self.c_q, self.c_proj = lora(attn.c_attn, n_out=C), lora(attn.c_proj)
             self.mlp = MLP(lora(mlp.c_fc), lora(mlp.c_proj))
         self.modulation = two_layers(config.t_dim, config.t_dim, 6 * C, zero=True)
-        with torch.no_grad():                                     # the two gates of what modulate returns
+        with torch.no_grad():                                     # thirds of 2C: weights, biases, gates
             self.modulation[2].bias.view(6, C)[[2, 5]] = config.gate_init
 
     def modulate(self, emb):
-        """Time embedding (N, E) -> (N, 6C): weight, bias and gate of attention's norm, then of the MLP's."""
+        """Adaptive LayerNorm, as in DiT: time embedding (N, E) -> weight, bias and gate of attention's norm,
+        then of the MLP's, (N, 6C); a norm's weight and bias are GPT-2's plus what t adds."""
         no_gate = torch.zeros_like(self.ln_1.weight)
         norms = [self.ln_1.weight, self.ln_1.bias, no_gate, self.ln_2.weight, self.ln_2.bias, no_gate]
         return self.modulation(emb) + torch.cat(norms)
@@ -293,9 +294,9 @@ def attend_at(q, k, v, at, mask):
     """Attention of N single queries (N, C) over the trunk's k, v (B, H, S, C/H) -> (N, C).
 
     The queries lie in a grid (B, Q): query i in row at[0][i], column at[1][i]. at = None: they fill it in
-    order. mask (B, 1, Q, S) says which keys each place of the grid sees. Without a mask Q is 1, and a query
-    sees every key; or Q = S, and column k sees the keys 0..k, so that one causal kernel (flash attention)
-    serves all of them.
+    order. mask (B, 1, Q, S) says which keys each place of the grid sees. Without a mask there are two cases:
+        at = None, Q = 1, in decoding: a row's one query sees all of its keys;
+        Q = S, in training: column k sees the keys 0..k, by one causal kernel (flash attention).
     """
     B, _, S, _ = k.shape
     if at is None:
@@ -307,7 +308,7 @@ def attend_at(q, k, v, at, mask):
 class DiffusionPath(nn.Module):
     """The path of L2D: as many blocks as the trunk, initialised from it (see PathBlock).
 
-    At the start what x_t and t add is zero, and w_d is w_init for t > 0: the path computes the trunk's own
+    At the start x_t and t contribute zero, and w_d is w_init for t > 0: the path computes the trunk's own
     states, and the pair predicts at every t what the trunk does (deviation 2). With token_input=False,
     gate_init=0, w_init=0 it starts as in the paper. Label n_labels means "no label".
     """
@@ -337,7 +338,7 @@ class DiffusionPath(nn.Module):
     def condition(self, t, label):
         """All that depends on t (N,) and label (N,) alone: L modulations (N, 6C), and w_d (N, C)."""
         emb = self.time_embedding(t, label)                       # (N, E)
-        emb_0 = self.time_embedding(torch.zeros_like(t), label)   # in the same shape: it rounds the same
+        emb_0 = self.time_embedding(torch.zeros_like(t), label)   # of emb's shape, so that both round alike
         w_d = self.w(emb) - self.w(emb_0)                         # Eq. 6: exactly 0 at t = 0
         w_d = w_d + self.config.w_init * (t > 0)[:, None].to(w_d.dtype)  # deviation 2
         return [block.modulate(emb) for block in self.h], w_d
@@ -377,7 +378,8 @@ class Context(NamedTuple):
         kept, rows = rows.unique(return_inverse=True)
         kv, mask = self.kv, self.mask
         if len(kept) < B:
-            kv, mask = [(k[kept], v[kept]) for k, v in kv], None if mask is None else mask[kept]
+            kv = [(k[kept], v[kept]) for k, v in kv]
+            mask = mask[kept] if mask is not None else None
         return Context(self.h[i], self.token[i], self.pos[i], kv, (rows, columns), mask)
 
 

@@ -35,7 +35,7 @@ class Config(Decoding):
 
 
 def check(config, model, checkpoint):
-    """The number of the label that config names. UserError where config asks for what there is not."""
+    """The number of the label that config names. UserError for what the checkpoint does not have."""
     names, out_dir = checkpoint["data"]["label_names"], config.out_dir
     if model.path is None and config.steps > 1:
         raise UserError(f"error: {out_dir} holds a trunk without a path, which has only --steps=1, not "
@@ -46,9 +46,9 @@ def check(config, model, checkpoint):
         raise UserError(f"error: label={config.label!r}, but the labels of {out_dir} are: {known}")
     if config.guidance != 1 and not config.label:
         raise UserError(f"error: guidance={config.guidance} needs a --label: one of {', '.join(names)}")
-    if config.guidance != 1 and config.steps <= 2 - config.guide_last:
+    if config.guidance != 1 and config.steps <= 2:
         raise UserError(f"error: guidance={config.guidance} acts through x_t, needs --steps=3 or more, not "
-                        f"{config.steps}: the last is read with the label alone; or add --guide_last")
+                        f"{config.steps}: the last is read with the label alone")
     return names.index(config.label) if config.label else model.no_label
 
 

@@ -5,9 +5,13 @@ Train L2D, or one of its controls, on data made by prepare_data.py.
     torchrun --nproc_per_node=8 train.py                               # the same on eight
     python train.py config/demo_l2d.py --out_dir=out/mine --steps=500  # after demo.sh: two CPU cores
 
-trunk_mode x path_mode: frozen + full or lora is L2D; lora or full + none are the controls; lora or full with
-a path trains both at once. The trunk is GPT-2, or the trunk of a checkpoint of this script (finetune first,
-then L2D on top), or starts from scratch.
+    --trunk_mode  --path_mode
+    frozen        full, lora    L2D
+    full, lora    none          the controls: finetuning of the trunk
+    full, lora    full, lora    both at once
+
+The trunk is GPT-2, or the trunk of a checkpoint of this script (finetune first, then L2D on top), or starts
+from scratch.
 
 Writes to out_dir: see checkpoint.py; and metrics.jsonl. What a step draws depends on (seed, step,
 micro-batch) alone: a resumed run is the same run, and k ranks with one micro-batch each are the same run as
@@ -57,12 +61,9 @@ class Config(PathConfig):
     n_embd: int = 768
     block_size: int = 512           # longest example, in tokens; positions of a trunk from scratch
     # diffusion
-    stratified: bool = True         # draw t from equal bins over the micro-batch (deviation 5)
     label_dropout: float = 0.2      # share of examples trained without their guidance label
-    unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12)
-    unroll_t_hold: float = 0.5      # its times; sample such a path with --solver=fixed_point --guess=mean
-    unroll_t_end: float = 0.9       # and the same --t_hold, --t_end, --weight
-    unroll_weight: float = 0.5      # 0 = --solver=euler
+    unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12);
+                                    # sample such a path with --solver=fixed_point --guess=mean
     path_from: str = ""             # a checkpoint whose path to start from, for a later phase
     # optimisation
     steps: int = 3000               # optimizer steps
@@ -88,18 +89,15 @@ class Config(PathConfig):
     def __post_init__(self):
         at_least(self, steps=1, batch_size=1, grad_accum=1, eval_every=1, eval_examples=1, log_every=1,
                  seed=0, block_size=2, lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0,
-                 unroll=0, unroll_weight=0, unroll_t_hold=0, min_lr=0, label_dropout=0, beta1=0, beta2=0)
+                 unroll=0, min_lr=0, label_dropout=0, beta1=0, beta2=0)
         require((self.trunk_mode, self.path_mode) != ("frozen", "none"), "trunk_mode=frozen with "
                 "path_mode=none trains nothing; choose a path, or lora or full for the trunk")
         require((self.trunk, self.trunk_mode) != ("scratch", "lora"), "trunk=scratch with trunk_mode=lora "
                 "would train a LoRA on random weights; use trunk_mode=full")
         require(self.warmup < self.steps, f"warmup={self.warmup} must be below steps={self.steps}")
-        for name in ("sigma", "learning_rate", "unroll_t_end"):
+        for name in ("sigma", "learning_rate"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)}, but it must be above 0")
-        for name in ("label_dropout", "unroll_t_end", "unroll_weight"):
-            require(getattr(self, name) <= 1, f"{name}={getattr(self, name)}, but it must be at most 1")
-        require(self.unroll_t_hold <= self.unroll_t_end,
-                f"unroll_t_hold={self.unroll_t_hold} is above unroll_t_end={self.unroll_t_end}")
+        require(self.label_dropout <= 1, f"label_dropout={self.label_dropout}, but it must be at most 1")
         require(max(self.beta1, self.beta2) < 1, f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
         require(self.min_lr <= self.learning_rate, f"min_lr={self.min_lr} is above learning_rate="
                 f"{self.learning_rate}: the decay would be a rise; lower it")
@@ -124,17 +122,16 @@ def generator_for(device, *key):
 
 
 def draw_noise(config, model, label, n, generator):
-    """What one micro-batch of n targets draws: label (B,) after dropout, t (n,), x_0 (n, D), and (times,
-    weight) of unrolled training, or None."""
+    """What one micro-batch of n targets draws: label (B,) after dropout, t (n,), x_0 (n, D), and None; or,
+    unrolled, T in place of t; or, without a path, the label alone."""
     if model.path is None:
         return label, None, None, None
-    t, x_0 = diffusion.draw(n, config, generator, config.stratified)
+    t, x_0 = diffusion.draw(n, config, generator)
     drop = torch.rand(len(label), generator=generator, device=label.device) < config.label_dropout
-    label, unroll = torch.where(drop, model.no_label, label), None      # per example, not per position
+    label = torch.where(drop, model.no_label, label)          # per example, not per position
     if config.unroll:
-        times = diffusion.draw_times(config.unroll, config.unroll_t_end, config.unroll_t_hold, generator)
-        t, unroll = torch.full_like(t, times[-1]), (times, config.unroll_weight)
-    return label, t, x_0, unroll
+        return label, None, x_0, diffusion.draw_unroll(config.unroll, generator)
+    return label, t, x_0, None
 
 
 # ----------------------------------------------------------------------------------------------- model
@@ -197,18 +194,19 @@ def evaluate(loss_of, data, config, ranks, autocast):
     for start in range(ranks.rank * 32, n, ranks.world * 32):
         idx, at, y, label = batch_of(data, range(start, min(start + 32, n)), ranks.device)
         generator = generator_for(ranks.device, 1, config.seed, start)
-        _, t, x_0, times = draw_noise(config, model, label, len(y), generator)
+        _, t, x_0, unroll = draw_noise(config, model, label, len(y), generator)
         label = torch.full_like(label, model.no_label)
         with autocast:
-            loss = loss_of(idx, at, y, label, t, x_0, times)
-            trunk_logits = model.trunk.head(model.read(idx, at).h).float()
-        trunk_loss = F.cross_entropy(trunk_logits, y, reduction="none")
-        bins = (t * N_BINS).long().clamp(max=N_BINS - 1) if model.path else torch.zeros_like(y)
+            loss = trunk_loss = loss_of(idx, at, y, label, t, x_0, unroll)
+            if model.path:
+                trunk_logits = model.trunk.head(model.read(idx, at).h).float()
+                trunk_loss = F.cross_entropy(trunk_logits, y, reduction="none")
+        bins = (t * N_BINS).long() if t is not None else torch.zeros_like(y)
         sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, trunk_loss]).double())
     counts, losses, trunk_losses = ranks.sum(sums).tolist()
     by_t = [round(loss / count, 4) if count else None for loss, count in zip(losses, counts)]
     return {"val_loss": sum(losses) / sum(counts), "trunk_loss": sum(trunk_losses) / sum(counts),
-            "val_loss_by_t": by_t if model.path else None}
+            "val_loss_by_t": by_t if model.path and not config.unroll else None}
 
 
 # ------------------------------------------------------------------------------------------------- run
@@ -285,8 +283,9 @@ def evaluate_and_save(run, config, ranks):
             f"use another dtype. {config.out_dir}/last.pt holds step {run.saved}")
     text = f"step {run.step}: validation loss {loss:.4f}"
     if run.model.path:
-        by_t = " ".join("-" if x is None else f"{x:.3f}" for x in result["val_loss_by_t"])
-        text += f" (trunk {result['trunk_loss']:.4f})  by t {by_t}"
+        text += f" (trunk {result['trunk_loss']:.4f})"
+    if result["val_loss_by_t"]:
+        text += "  by t " + " ".join("-" if x is None else f"{x:.3f}" for x in result["val_loss_by_t"])
     ranks.say(text)
     run.log(step=run.step, **result)
     better, run.best = loss < run.best, min(loss, run.best)
@@ -327,7 +326,8 @@ def train(config, ranks):
         evaluate_and_save(run, config, ranks)
 
     while run.step < config.steps:
-        if epoch != (epoch := run.step // steps_of_epoch(run.data, config)):
+        if epoch != run.step // steps_of_epoch(run.data, config):
+            epoch = run.step // steps_of_epoch(run.data, config)
             order = batches_of_epoch(lengths, config.batch_size, n_micro, [config.seed, epoch])
         ids = order[run.step % len(order)]                    # (n_micro, examples of each), of all ranks
         n_targets, loss_sum = int(n_targets_of[ids].sum()), torch.zeros((), device=device)
@@ -337,10 +337,10 @@ def train(config, ranks):
             generator = generator_for(device, 0, config.seed, run.step, micro)
             label, t, x_0, unroll = draw_noise(config, run.model, label, len(y), generator)
             more = run.ddp and micro + ranks.world < n_micro  # ranks sum their gradients once a step
-            with run.ddp.no_sync() if more else nullcontext(), run.autocast:
+            with (run.ddp.no_sync() if more else nullcontext()), run.autocast:
                 losses = (run.ddp or run.loss_of)(idx, at, y, label, t, x_0, unroll)       # (N,), Eq. 3
                 loss = losses.sum() / n_targets               # no mean of means
-            run.scaler.scale(loss * ranks.world).backward()   # DDP takes the mean over ranks
+            run.scaler.scale(loss * ranks.world).backward()   # DDP takes the mean over ranks, unless no_sync
             loss_sum += loss.detach()
 
         run.scaler.unscale_(run.optimizer)
@@ -348,7 +348,7 @@ def train(config, ranks):
         bad = (~norm.isfinite()).float()
         bad_in_a_row = (bad_in_a_row + bad) * bad
         if not run.scaler.is_enabled():
-            run.optimizer.found_inf = bad                     # as GradScaler does: a bad step changes nothing
+            run.optimizer.found_inf = bad                     # the fused AdamW skips the step where this is 1
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, config)
         run.scaler.step(run.optimizer)
@@ -362,7 +362,9 @@ def train(config, ranks):
             stop_if_bad(bad_in_a_row, t, losses, run, config)
         if logs or last:
             report(run, config, ranks, loss_sum, norm, tokens, start)
-        stopped = stop.number if ranks.world == 1 else run.step % 10 == 0 and ranks.any(stop.number)
+        stopped = stop.number                                 # ranks ask each other at every tenth step
+        if ranks.world > 1:
+            stopped = run.step % 10 == 0 and ranks.any(stop.number)
         if run.step % config.eval_every == 0 or last:
             evaluate_and_save(run, config, ranks)
         elif stopped:

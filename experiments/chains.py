@@ -2,7 +2,7 @@
 Steps that pay: the end of a chain of links, from a trunk that was taught one link.
 
     export PYTHONPATH=.
-    python experiments/chains.py                            # seed 0: about 40 minutes of one core
+    python experiments/chains.py                            # seed 0: trunk, L2D, controls, table and figure
     python experiments/chains.py --method=l2d --seed=1      # one of them
     python experiments/chains.py --method=trace --seed=0    # one token on its way along its chain
 
@@ -12,13 +12,15 @@ links. Only the name after "=" counts.
 
 L2D is trained through Algorithm 1 in two runs: on chains of at most three links with up to four path calls,
 then on all with up to sixteen. Controls see the same sequences in the same order: LoRA and full finetuning of
-the trunk, the trunk's blocks applied four or eight times (a model of fixed depth, finetuned in full), and
-full finetuning for three times as long. Nothing is chosen on the test sequences: their seed is their own.
+the trunk, and the trunk's blocks applied four or eight times (a model of fixed depth, finetuned in full).
+"as long": the same on about as much training time as L2D takes. "at most 5 links": L2D and fixed depth that
+never see a longer chain in training. Nothing is chosen on the test sequences: their seed is their own.
 """
 import json
 import random
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,19 +37,21 @@ N_NAMES, N_SHOWN, N_ASKED, MOST_LINKS, N_TEST, TEST_SEED = 20, 10, 4, 9, 1000, 2
 SEMICOLON, LAST, EQUALS, VOCAB = 100, 101, 102, 112
 TRUNK = GPTConfig(block_size=96, vocab_size=VOCAB, n_layer=2, n_head=4, n_embd=128)
 PATH = PathConfig(x_dim=64, t_dim=64, sigma=0.5, time_scale=30.0)
-HOW = dict(solver="fixed_point", weight=0.5, t_hold=0.5, t_end=0.9, guess="mean")
+HOW = dict(solver="fixed_point", guess="mean")
 PHASES = [(1000, 3, 4), (3000, 9, 16)]      # optimizer steps, most links, most path calls
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 METHODS = {"l2d": "L2D", "lora": "LoRA on the trunk", "full": "full finetuning",
-           "full_long": "full finetuning, three times as long", "loop4": "blocks applied 4 times",
-           "loop8": "blocks applied 8 times"}
+           "full_time": "full finetuning, as long", "loop4": "blocks applied 4 times",
+           "loop4_time": "blocks applied 4 times, as long", "loop8": "blocks applied 8 times",
+           "l2d_5": "L2D, at most 5 links", "loop4_5": "blocks applied 4 times, at most 5 links"}
+LENGTH = {"full_time": 1.6, "loop4_time": 0.4}      # factor on the optimizer steps: seconds of L2D / its own
 OUT, HERE = Path("out/chains"), Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Config:
-    method: Literal["all", "trunk", "l2d", "lora", "full", "full_long", "loop4", "loop8",
-                    "table", "trace"] = "all"
+    method: Literal["all", "trunk", "table", "trace", "l2d", "lora", "full", "full_time", "loop4",
+                    "loop4_time", "loop8", "l2d_5", "loop4_5"] = "all"
     seed: int = 0
     links: int = 7                  # trace: of the chain that is followed
     steps: int = 16                 # trace: T
@@ -98,20 +102,22 @@ def make_model(method, seed):
         if not (OUT / "trunk.pt").exists():
             raise UserError(f"error: no {OUT / 'trunk.pt'}; python experiments/chains.py --method=trunk")
         trunk.load_state_dict(torch.load(OUT / "trunk.pt", weights_only=True))
-    model = L2D(trunk, DiffusionPath(trunk, PATH, 0) if method == "l2d" else None)
+    model = L2D(trunk, DiffusionPath(trunk, PATH, 0) if "l2d" in method else None)
     if method == "lora":
         trunk.add_lora(112, 112.0)
-    elif method != "l2d":
+    elif model.path is None:
         trunk.requires_grad_(True)
-        trunk.times = int(method[4:]) if "loop" in method else 1
+        trunk.times = int(method[4]) if "loop" in method else 1
     return model
 
 
 def train(model, method, seed):
     """AdamW; in each phase a linear warm-up over 100 steps and decay to a tenth; a new batch each step."""
-    phases = [(2000, 1, 0)] if method == "trunk" else PHASES
-    phases = [(steps * (3 if method == "full_long" else 1), *rest) for steps, *rest in phases]
-    rate, size = (1e-3, 64) if method == "trunk" else (1e-3 if method in ("l2d", "lora") else 5e-4, 32)
+    phases, limit = PHASES, 5 if method.endswith("_5") else MOST_LINKS
+    phases = [(round(n * LENGTH.get(method, 1)), min(links, limit), calls) for n, links, calls in phases]
+    rate, size = 1e-3 if model.path or method == "lora" else 5e-4, 32
+    if method == "trunk":
+        phases, rate, size = [(2000, 1, 0)], 1e-3, 64
     rng, generator = random.Random(7 * seed + 2), torch.Generator().manual_seed(seed)
     params, start = [p for p in model.parameters() if p.requires_grad], time.time()
     for steps, most_links, most_calls in phases:
@@ -123,8 +129,7 @@ def train(model, method, seed):
             label, x_0, unroll = torch.full((size,), model.no_label), None, None
             if model.path:
                 x_0 = diffusion.draw(len(y), PATH, generator)[1]
-                times = diffusion.draw_times(most_calls, HOW["t_end"], HOW["t_hold"], generator)
-                unroll = times, HOW["weight"]
+                unroll = diffusion.draw_unroll(most_calls, generator)
             loss = diffusion.nll(model, idx, at, y, label, None, x_0, unroll).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -265,8 +270,9 @@ def trace(seed, n_links, steps):
     chain = [idx[0, at[1][i] - 1].item()]
     while leads[chain[-1]] != chain[-1]:
         chain.append(leads[chain[-1]])
-    f = Denoiser(model, sampler, Tables(model), c, 0, trace=True)
-    predict(f, diffusion.draw(1, PATH, torch.Generator().manual_seed(0))[1], sampler)
+    x_0 = diffusion.draw(1, PATH, torch.Generator().manual_seed(0))[1]
+    f = Denoiser(model, sampler, Tables(model), c, torch.zeros(1, dtype=torch.long), x_0, trace=True)
+    predict(f)
     print("chain:   " + " -> ".join(letters[name] for name in chain))
     print("guesses: " + " ".join(letters[guess] if guess < 20 else "?" for _, guess, _ in f.trace[0]))
 
@@ -277,11 +283,14 @@ def main(argv=None):
         return trace(config.seed, config.links, config.steps)
     if config.method == "table":
         return table()
+    torch.set_num_threads(1)                                  # the same numbers on any machine of this kind
     make("trunk", 0)                                          # kept, if it is there
-    for method in ("l2d", "lora", "full", "loop4") if config.method == "all" else [config.method]:
-        make(method, config.seed)
-    if config.method == "all":
-        table()
+    if config.method != "all":
+        return make(config.method, config.seed)
+    with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in [pool.submit(make, m, config.seed) for m in ("loop4", "l2d", "lora", "full")]:
+            done.result()
+    table()
 
 
 if __name__ == "__main__":

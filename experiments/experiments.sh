@@ -58,7 +58,7 @@ for s in "" _s1 _s2; do
         on val demo_l2d$s --steps=4 --guidance=$guidance --label="3 steps"    # wrong for about half
     done
     # choices at inference
-    for option in "" --guess=mean --guess=sample "--t_hold=0.5 --t_end=0.9" --t_end=1; do
+    for option in "" --guess=mean --guess=sample --solver=fixed_point --t_end=1; do
         on val demo_l2d$s --steps=4,16 $option
     done
 done
@@ -74,7 +74,6 @@ for s in _s0 _s1 _s2; do
     short time_scale_1 --time_scale=1
     short sigma_8 --sigma=8
     short no_labels --label_dropout=1
-    short independent_t --stratified=False
     # does it help or hurt to read x_t? sigma 8 beside the default, and guidance where x_t is read
     on val short_base$s --steps=1,2,4,16
     on val short_sigma_8$s --steps=1,2,4,16

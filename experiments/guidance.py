@@ -1,10 +1,12 @@
-"""
+r"""
 Does guidance steer? Two groups answer the same questions in different styles; only the label tells which.
 
     export PYTHONPATH=.
-    python prepare_data.py styles && python train.py config/styles_trunk.py
-    python train.py config/styles_l2d.py --out_dir=out/styles_l2d_s0 --seed=0   # then seeds 1 and 2
-    python experiments/guidance.py                                              # table, guidance.json
+    python prepare_data.py styles
+    python train.py config/demo_trunk.py --data_dir=data/styles --out_dir=out/styles_trunk
+    python train.py config/demo_l2d.py --data_dir=data/styles --trunk=out/styles_trunk/best.pt --sigma=2 \
+        --steps=2000 --seed=0 --out_dir=out/styles_l2d_s0   # then seeds 1 and 2
+    python experiments/guidance.py                          # table, guidance.json
 
 Group "words" answers in sentences, group "sums" in bare sums. Counted, for each label and strength w of the
 guidance: the share of answers in the style of the label that was given, and the share of right results.
@@ -35,37 +37,35 @@ class Config:
 
 
 def outcome(run_dir, config, settings):
-    """{setting: (share in the style of the label, share right)}; a setting is (label, w, guide_last)."""
+    """{setting: (share in the style of the label, share right)}; a setting is (label, w)."""
     model, encoding, checkpoint = load(run_dir)
     names = checkpoint["data"]["label_names"]
     problems = load_split(config.data_dir, config.split).problems[:config.limit]
     prompts, found = [encode_text(encoding, p.prompt, p.where) for p in problems], {}
-    for label, w, guide_last in settings:
-        how = Decoding(steps=config.steps, guidance=w, guide_last=guide_last, max_new_tokens=64)
+    for label, w in settings:
+        how = Decoding(steps=config.steps, guidance=w, max_new_tokens=64)
         labels = [names.index(label) if label else model.no_label] * len(prompts)
         texts = [encoding.decode(o.tokens) for o in generate(model, prompts, encoding.eot_token, how, labels)]
         styled = [in_style(label or "words", text) for text in texts]
         right = [score(p, text).right for p, text in zip(problems, texts)]
-        found[label, w, guide_last] = sum(styled) / len(styled), sum(right) / len(right)
+        found[label, w] = sum(styled) / len(styled), sum(right) / len(right)
     return found
 
 
 def main(argv=None):
     config = configure(Config, argv, __doc__)
     strengths = [float(w) for w in config.strengths.split(",")]
-    settings = [("", 1.0, False)]
-    settings += [s for s in product(("words", "sums"), strengths, (False, True)) if s[1] != 1 or not s[2]]
+    settings = [("", 1.0), *product(("words", "sums"), strengths)]
     runs = config.runs.split(",")
     found = [outcome(run_dir, config, settings) for run_dir in runs]
     rows = []
-    print("| label | w | guided | in the label's style | right |\n" + "|---" * 5 + "|")
+    print("| label | w | in the label's style | right |\n" + "|---" * 4 + "|")
     for setting in settings:
         styled, right = zip(*(each[setting] for each in found))
-        label, w, last = setting
-        rows.append({"label": label, "w": w, "guide_last": last, "in_style": styled, "right": right})
-        guided = "" if w == 1 else "x_1_hat and the last logits" if last else "x_1_hat"
+        label, w = setting
+        rows.append({"label": label, "w": w, "in_style": styled, "right": right})
         cells = [" ".join(f"{x:.3f}" for x in values) for values in (styled, right)]
-        print(f"| {label or 'none (words)'} | {w:g} | {guided} | {cells[0]} | {cells[1]} |", flush=True)
+        print(f"| {label or 'none (words)'} | {w:g} | {cells[0]} | {cells[1]} |", flush=True)
     result = {"config": vars(config), "runs": runs, "rows": rows}
     Path(config.out).write_text(json.dumps(result, indent=1))
 

@@ -143,13 +143,13 @@ class Naive:
 
     def solve(self, x_0):
         s, T, x, self.x_0 = self.s, self.s.steps, x_0, x_0
-        end = s.t_end or min((T - 1) / T, 15 / 16)
+        end = s.t_end or (0.9 if s.solver == "fixed_point" else min((T - 1) / T, 15 / 16))
         if s.solver == "adaptive":
             return self.adapt(x, end)
         per = 1 if s.solver in ("euler", "fixed_point") else 2
         n = (T - 1) // per + (T - 1) % per
         grid = [end * i / n for i in range(n)] + [end]
-        if s.t_hold:                                              # 0, and every call but the last at t_hold
+        if s.solver == "fixed_point" and s.t_hold:                # 0, and every call but the last at t_hold
             grid = [0.0] + [s.t_hold] * (n - 1) + [end]
         m = None
         for i in range(n):
@@ -324,3 +324,13 @@ def group(tmp_path, n, words, before=None):
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [Process(tmp_path / f"rank{r}", "train", words, before, RANK=str(r), LOCAL_RANK=str(r), **shared)
             for r in range(n)]
+
+
+def slow():
+    """In the process of train.py: steps that leave time for a signal."""
+    import train
+    report = train.report
+    def slowly(*args):
+        report(*args)
+        time.sleep(0.03)
+    train.report = slowly

@@ -21,6 +21,7 @@ from helpers import (
     same_tensors,
     says,
     script,
+    slow,
     timeless,
     tokens,
 )
@@ -139,16 +140,6 @@ def test_a_checkpoint_of_another_architecture_prints_every_difference(tmp_path):
 
 
 # --------------------------------------------------------------------------------- stop, kill and resume
-def slow():
-    """In the process: steps that leave time for a signal."""
-    import time
-    report = train.report
-    def slowly(*args):
-        report(*args)
-        time.sleep(0.03)
-    train.report = slowly
-
-
 SHARED = dict(steps=24, eval_every=6, batch_size=32, unroll=2, path_mode="lora", eval_examples=16)  # 9 steps an epoch
 
 

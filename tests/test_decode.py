@@ -83,8 +83,7 @@ EXAMPLES = int(os.environ.get("DRAFT_EXAMPLES", 60))              # more of them
 HOW = st.fixed_dictionaries({}, optional=dict(
     solver=st.sampled_from([*SOLVERS, "adaptive"]), guess=st.sampled_from(["argmax", "sample", "mean"]),
     temperature=st.sampled_from([0.0, 0.7, 1.5]), top_k=st.integers(0, 5), guidance=st.sampled_from([1.0, 2.5]),
-    stop=st.sampled_from([0.0, 0.3, 0.8]), times=st.sampled_from([{}, dict(t_end=0.8), dict(t_end=1.0), dict(t_hold=0.5, t_end=0.9)]),
-    guide_last=st.booleans()))
+    stop=st.sampled_from([0.0, 0.3, 0.8]), t_end=st.sampled_from([0.0, 0.8, 1.0])))
 PROMPT = st.lists(st.integers(0, 12), min_size=1, max_size=10)
 
 
@@ -95,9 +94,6 @@ PROMPT = st.lists(st.integers(0, 12), min_size=1, max_size=10)
 def test_drafts_change_no_token(pair, how, steps, rows, draft, n, seed, eot):
     """Nor any count of path calls at the tokens kept, nor the trace; whatever the model, prompts and setting."""
     model, (prompts, label, ids) = random_pair(*pair), map(list, zip(*rows))
-    how |= how.pop("times", {})
-    if how.get("solver") == "adaptive":                           # which refuses them
-        how = {k: v for k, v in how.items() if k not in ("t_hold", "guide_last")}
     plain = Decoding(steps=steps, max_new_tokens=n, draft=0, seed=seed, **how)
     drafted = dataclasses.replace(plain, draft=draft)
     expected = generate(model, prompts, eot, plain, label, ids, trace=True)

@@ -97,14 +97,11 @@ def test_a_typo_in_a_config_file_is_as_wrong_and_says_where(error, tmp_path):
     (dict(trunk="gpt3"), ["'gpt3'", "gpt2-medium"]),
     (dict(resume=True), ["nothing to resume", "last.pt", "start without --resume"]),
     (dict(t_dim=33), ["t_dim=33", "even"]),
-    (dict(unroll_t_end=1.5), ["unroll_t_end=1.5", "at most 1"]),
-    (dict(unroll_t_end=0.3), ["unroll_t_hold=0.5 is above unroll_t_end=0.3"]),
-    (dict(unroll_weight=2), ["unroll_weight=2.0", "at most 1"]),
     (dict(label_dropout=1.5), ["label_dropout=1.5", "at most 1"]),
     (dict(beta1=1.0), ["beta1=1.0", "below 1"]),
     *[({name: 0}, [f"{name}=0", "at least 1"]) for name in
       ("steps", "batch_size", "grad_accum", "eval_every", "eval_examples", "log_every", "lora_rank", "x_dim")],
-    *[({name: 0}, [f"{name}=0", "above 0"]) for name in ("sigma", "learning_rate", "unroll_t_end")],
+    *[({name: 0}, [f"{name}=0", "above 0"]) for name in ("sigma", "learning_rate")],
     *[({name: -1}, [f"{name}=-1", "at least 0"]) for name in
       ("seed", "warmup", "weight_decay", "grad_clip", "unroll", "min_lr", "beta1", "beta2", "label_dropout")]])
 def test_a_setting_of_train_that_cannot_work(options, parts, error, tmp_path):
@@ -114,10 +111,9 @@ def test_a_setting_of_train_that_cannot_work(options, parts, error, tmp_path):
 
 @pytest.mark.parametrize("options, parts", [
     (dict(temperature=-0.5), ["temperature=-0.5", "at least 0"]), (dict(top_k=-1), ["top_k=-1", "at least 0"]),
-    (dict(t_end=1.5), ["t_end=1.5", "at most 1"]), (dict(t_hold=0.5), ["t_hold=0.5", "t_end"]),
-    (dict(tol=0), ["tol=0", "above 0"]), (dict(stop=-1), ["stop=-1", "at least 0"]),
-    (dict(solver="adaptive", t_hold=0.5, t_end=0.9), ["solver=adaptive", "t_hold"]),
-    (dict(solver="adaptive", guide_last=True), ["solver=adaptive", "guide_last"]),
+    (dict(t_end=1.5), ["t_end=1.5", "at most 1"]), (dict(t_hold=0.4), ["t_hold=0.4", "fixed_point", "not on euler"]),
+    (dict(t_hold=0.95, solver="fixed_point"), ["t_hold=0.95", "t_end", "0.9"]), (dict(weight=0.3), ["weight=0.3", "fixed_point"]),
+    (dict(tol=0), ["tol=0", "above 0"]), (dict(tol=0.2, solver="heun"), ["tol=0.2", "adaptive", "heun"]), (dict(stop=-1), ["stop=-1", "at least 0"]),
     (dict(weight=0), ["weight=0", "above 0"]), (dict(steps=0), ["steps=0", "at least 1"]),
     (dict(draft=-1), ["draft=-1", "at least 0"]), (dict(seed=-1), ["seed=-1", "at least 0"]),
     (dict(max_new_tokens=0), ["max_new_tokens=0", "at least 1"]), (dict(num_samples=0), ["num_samples=0", "at least 1"]),

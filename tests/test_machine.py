@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from helpers import Process, argv, error_of, group, losses, same_tensors, says, script
+from helpers import Process, argv, error_of, group, losses, same_tensors, says, script, slow
 
 import machine
 import train
@@ -100,16 +100,6 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(options, tmp_path)
     seen = losses(options["out_dir"])
     assert [x is None for x in seen] == [False, False, True, False, False, False]
     assert all(w.isfinite().all() for w in load_checkpoint(options["out_dir"] / "last.pt")["model"].values())
-
-
-def slow():
-    """In the process: steps that leave time for a signal."""
-    import time
-    report = train.report
-    def slowly(*args):
-        report(*args)
-        time.sleep(0.03)
-    train.report = slowly
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -27,7 +27,6 @@ import sample
 import train
 from checkpoint import load_checkpoint, load_trunk, pair_from
 from configurator import UserError, configure
-from diffusion import sample_t, time_grid
 from model import GPT, GPTConfig, LoRALinear
 from prepare_data import batch_of, batches_of_epoch, load_manifest, load_split
 
@@ -82,17 +81,27 @@ def digest(tensors):
     return hashlib.sha256(b"".join(tensors[k].numpy().tobytes() for k in sorted(tensors))).hexdigest()
 
 
-def test_the_trunk_is_bit_for_bit_the_same_after_training(options, trunk):
-    """L2D's headline: a hash over all of the trunk's weights, before training and after."""
+@pytest.fixture
+def runs(monkeypatch):
+    """Every Run that train.py sets up, as it stands in memory."""
+    runs, set_up = [], train.set_up
+    monkeypatch.setattr(train, "set_up", lambda *args: runs.append(set_up(*args)) or runs[-1])
+    return runs
+
+
+def test_the_trunk_is_bit_for_bit_the_same_after_training(options, trunk, runs):
+    """L2D's headline: a hash over all of the trunk's weights, before training, after it in memory, and saved."""
     before = load_checkpoint(trunk / "last.pt")["model"]
     train.main(argv(**options))
-    after = load_checkpoint(options["out_dir"] / "last.pt")["model"]
-    after = {name: tensor for name, tensor in after.items() if name.startswith("trunk.")}
-    assert digest(after) == digest(before)
+    after = runs[0].model.state_dict()
+    saved = load_checkpoint(options["out_dir"] / "last.pt")["model"]
+    for tensors in (after, saved):
+        assert digest({name: z for name, z in tensors.items() if name.startswith("trunk.")}) == digest(before)
+    assert same_tensors(after, saved)
 
 
 @pytest.mark.parametrize("trunk_mode, path_mode", MODES)
-def test_a_mode_trains_what_it_should_and_nothing_else(trunk_mode, path_mode, options, trunk, capsys):
+def test_a_mode_trains_what_it_should_and_nothing_else(trunk_mode, path_mode, options, trunk, runs, capsys):
     """The loss falls; every tensor that should train changed; all else is as it was, bit for bit; it samples."""
     state = {}
 
@@ -113,8 +122,8 @@ def test_a_mode_trains_what_it_should_and_nothing_else(trunk_mode, path_mode, op
     assert last["val_loss"] < first["val_loss"] - 0.1
     assert (last["trunk_loss"] == first["trunk_loss"]) == (trunk_mode == "frozen")
 
-    after = load_checkpoint(options["out_dir"] / "last.pt")
-    assert after["model"].keys() == state["before"].keys()
+    after, live = load_checkpoint(options["out_dir"] / "last.pt"), runs[-1].model.state_dict()
+    assert after["model"].keys() == state["before"].keys() == live.keys() and same_tensors(after["model"], live)
     changed = {name for name, tensor in state["before"].items() if not torch.equal(tensor, after["model"][name])}
     assert changed == state["trains"] and len(after["optimizer"]["state"]) == len(changed)
     assert not [name for name in after["model"] if name.startswith("path.") and ".linear." in name]    # borrowed
@@ -134,18 +143,17 @@ def test_a_mode_trains_what_it_should_and_nothing_else(trunk_mode, path_mode, op
 def test_every_option_of_the_path_reaches_it_and_trains(options):
     own = dict(path_mode="lora", lora_rank=4, lora_alpha=8.0, x_dim=16, t_dim=32, sigma=4.0, input_scale="unit",
                time_scale=1.0, gate_init=0.5, token_input=False, w_init=0.5)
-    train.main(argv(**options, **own, stratified=False))
+    train.main(argv(**options, **own))
     assert load_checkpoint(options["out_dir"] / "best.pt")["path_config"] == own
     first, last = evaluations(options["out_dir"])
     assert last["val_loss"] < first["val_loss"] - 0.1
 
 
-@pytest.mark.parametrize("weight", [0.5, 0])
-def test_training_through_the_sampler_learns(options, weight):
-    train.main(argv(**options, unroll=3, unroll_weight=weight, steps=30))
+def test_training_through_the_sampler_learns(options):
+    train.main(argv(**options, unroll=3, steps=30))
     first, last = evaluations(options["out_dir"])
     assert last["val_loss"] < first["val_loss"] - 0.1
-    assert last["val_loss_by_t"][:7] == [None] * 7                # every last evaluation is at unroll_t_end
+    assert last["val_loss_by_t"] is None                          # every last evaluation is at the same time
 
 
 def test_a_path_may_start_from_anothers(options, l2d):
@@ -292,9 +300,6 @@ def test_noise_differs_at_every_position_of_every_micro_batch(options, monkeypat
         return [t.clone() for _, t, _, _ in mine], torch.cat([x_0 for _, _, x_0, _ in mine])
     ts, x_0 = three_steps(0)
     assert len(ts) == 12
-    for t in ts:
-        assert sorted((t * len(t)).long().tolist()) == list(range(len(t)))        # stratified
-        assert (t[1:] > t[:-1]).float().mean() < 0.7                              # but in no order
     t = torch.cat(ts)
     assert len(t.unique()) > 0.999 * len(t) and len(x_0.unique(dim=0)) == len(x_0) == len(t)
     assert len(x_0.flatten().unique()) > 0.99 * x_0.numel()       # independent within a position too
@@ -312,11 +317,10 @@ def test_labels_are_dropped_per_example_and_unrolling_draws_its_calls(options):
     dropped = new == 4
     assert abs(dropped.float().mean() - 0.2) < 0.03 and torch.equal(new[~dropped], label[~dropped])
     assert len(t) == len(x_0) == 16000 and unroll is None
-    c = config(**options, unroll=3, label_dropout=0, unroll_t_hold=0.4, unroll_t_end=0.8, unroll_weight=0.3)
+    c = config(**options, unroll=3, label_dropout=0)
     drawn = [train.draw_noise(c, model, label, 50, train.generator_for("cpu", i)) for i in range(60)]
-    assert {len(times) for _, _, _, (times, _) in drawn} == {2, 3, 4} and torch.equal(drawn[0][0], label)
-    for _, t, _, (times, weight) in drawn:
-        assert times == time_grid(len(times) - 1, 0.8, 0.4) and weight == 0.3 and (t == torch.tensor(0.8)).all()
+    assert {T for _, _, _, T in drawn} == {2, 3, 4} and torch.equal(drawn[0][0], label)
+    assert all(t is None and len(x_0) == 50 for _, t, x_0, _ in drawn)
 
 
 # ---------------------------------------------------------------------------------------- one batch, many ways
@@ -660,14 +664,14 @@ def test_evaluation_is_the_mean_over_targets_in_each_bin_of_t(options, l2d):
 
 
 def test_a_bin_without_a_target_is_null_not_nan(options):
-    """One example and no stratification can leave one empty; 0 / 0 is no JSON."""
+    """One example can leave one empty; 0 / 0 is no JSON."""
     data = load_split(options["data_dir"], "val")
     n = int(data.mask[:data.offsets[1]].sum())
     def empty(seed):
-        t = sample_t(n, train.generator_for("cpu", 1, seed, 0), False)
+        t = torch.rand(n, generator=train.generator_for("cpu", 1, seed, 0))
         return len(set((t * 8).int().tolist())) < 8
     seed = next(filter(empty, range(1000)))
-    train.main(argv(**options, eval_examples=1, stratified=False, steps=3, seed=seed))
+    train.main(argv(**options, eval_examples=1, steps=3, seed=seed))
     assert len(evaluations(options["out_dir"])) == 2
 
 
