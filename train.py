@@ -11,7 +11,7 @@ Train L2D, or one of its controls, on data made by prepare_data.py.
     full, lora    full, lora    both at once
 
 The trunk is GPT-2, or the trunk of a checkpoint of this script (finetune first, then L2D on top), or starts
-from scratch.
+from scratch. A path trained with --unroll is sampled with --solver=fixed_point --guess=mean.
 
 Writes to out_dir: see checkpoint.py; and metrics.jsonl. What a step draws depends on (seed, step,
 micro-batch) alone: a resumed run is the same run, and k ranks with one micro-batch each are the same run as
@@ -62,8 +62,7 @@ class Config(PathConfig):
     block_size: int = 512           # longest example, in tokens; positions of a trunk from scratch
     # diffusion
     label_dropout: float = 0.2      # share of examples trained without their guidance label
-    unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12);
-                                    # sample such a path with --solver=fixed_point --guess=mean
+    unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12)
     path_from: str = ""             # a checkpoint whose path to start from, for a later phase
     # optimisation
     steps: int = 3000               # optimizer steps
