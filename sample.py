@@ -49,6 +49,9 @@ def check(config, model, checkpoint):
     if config.guidance != 1 and config.steps <= 2:
         raise UserError(f"error: guidance={config.guidance} acts through x_t, needs --steps=3 or more, not "
                         f"{config.steps}: the last is read with the label alone")
+    if config.label and config.steps == 1:
+        raise UserError(f"error: label={config.label!r} does nothing at steps=1, which is the trunk alone; "
+                        "use --steps=2 or more")
     return names.index(config.label) if config.label else model.no_label
 
 

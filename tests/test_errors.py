@@ -118,6 +118,7 @@ def test_a_setting_of_train_that_cannot_work(options, parts, error, tmp_path):
     (dict(draft=-1), ["draft=-1", "at least 0"]), (dict(seed=-1), ["seed=-1", "at least 0"]),
     (dict(max_new_tokens=0), ["max_new_tokens=0", "at least 1"]), (dict(num_samples=0), ["num_samples=0", "at least 1"]),
     (dict(guidance=2), ["guidance=2", "needs a --label", "1 step"]), (dict(label=4), ["label='4'", "1 step, 2 steps"]),
+    (dict(label="2 steps", steps=1), ["label='2 steps'", "steps=1", "trunk"]),
     (dict(label="2 step"), ["label='2 step'", "2 steps"]),
     (dict(guidance=2, label="1 step"), ["guidance=2.0", "--steps=3", "not 2"]),
     (dict(prompt=""), ["empty"]), (dict(prompt="  \t"), ["empty"]),
