@@ -141,13 +141,14 @@ def least_seconds(cost, passes, n_bytes, bandwidth, flops):
 
 # -------------------------------------------------------------------------------------------- decoding
 @contextmanager
-def changed(share):
+def changed(share, ids, config):
     """Within it, the tokens that Algorithm 1 predicts are changed at a seeded share of the positions."""
-    refine = decode.refine
+    refine, u = decode.refine, decode.row_noise(ids, config, 0, "cpu")[1][:, :, 0]    # a position's own
+    least = u.quantile(share).item() if share else 0.0
 
     def refine_and_change(*args):
         y, f = refine(*args)
-        return torch.where(f.u[:, 0] < share, (y + 1) % f.last.size(1), y), f    # u is a position's own
+        return torch.where(f.u[:, 0] < least, (y + 1) % f.last.size(1), y), f
     decode.refine = refine_and_change
     try:
         yield
@@ -157,7 +158,7 @@ def changed(share):
 
 def write(model, prompts, batch, eot, config, acceptance=1.0):
     """The Generated of every prompt, `batch` of them at once."""
-    with changed(1 - acceptance):
+    with changed(1 - acceptance, range(len(prompts)), config):
         return [o for i in range(0, len(prompts), batch)
                 for o in generate(model, prompts[i:i + batch], eot, config, ids=range(i, i + batch))]
 
