@@ -224,7 +224,7 @@ def table():
 
 def versus_controls(groups, result):
     """T = 8 of L2D against every control, paired by sequence, the seeds both have."""
-    for method in [m for m in groups if m != "l2d" and "l2d" in groups]:
+    for method in [m for m in groups if "l2d" not in m and "l2d" in groups]:
         seeds = [s for s in groups["l2d"]["seeds"] if s in groups[method]["seeds"]]
         if seeds:
             runs = [[groups[m]["runs"][groups[m]["seeds"].index(s)] for s in seeds] for m in (method, "l2d")]
@@ -245,9 +245,11 @@ def draw(result):
     mean = [sum(r["right"]) / len(r["right"]) for r in rows]
     axes.plot(steps, mean, "o-", color="C0", lw=2.5, label="L2D, all")
     for i, (name, group) in enumerate(result.items()):
-        if name != "L2D":
-            right = group["rows"][0]["right"]
-            axes.axhline(sum(right) / len(right), color=f"C{i}", ls="--", label=name)
+        mean = [sum(r["right"]) / len(r["right"]) for r in group["rows"]]
+        if len(mean) == 1:
+            axes.axhline(mean[0], color=f"C{i}", ls="--", label=name)
+        elif name != "L2D":
+            axes.plot(steps, mean, "o-", color="C0", lw=1, mfc="white", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(STEPS, STEPS)
     axes.set(xlabel="steps T (evaluations per token)", ylabel="share of right answers")
