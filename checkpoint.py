@@ -30,6 +30,9 @@ def load_state(module, tensors, source):
                for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
     if differ:
         raise UserError(f"error: {source} does not fit this model: {'; '.join(sorted(differ))}")
+    if bad := sorted(k for k, z in tensors.items() if not z.isfinite().all()):
+        raise UserError(f"error: {source} holds numbers that are not finite, in {', '.join(bad[:3])}; it is "
+                        "damaged, or its training went wrong")
     module.load_state_dict(tensors)
 
 
@@ -151,7 +154,8 @@ def open_out_dir(config, ranks):
         if name.startswith(".") and name.endswith(".tmp"):        # left by a kill while writing
             os.remove(os.path.join(config.out_dir, name))
     if not config.resume:
-        for path in (last, previous):
+        for name in ("last.pt", "previous.pt", "best.pt", "trunk.pt"):
+            path = os.path.join(config.out_dir, name)
             if os.path.exists(path):
                 raise UserError(f"error: {path} exists; go on with --resume, or choose another --out_dir")
         return lock_file, None

@@ -50,6 +50,7 @@ def run(main):
     def terminate(number, frame):
         raise KeyboardInterrupt(number)
     signal.signal(signal.SIGTERM, terminate)
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))    # closed ones
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     try:

@@ -199,7 +199,7 @@ def next_length(out, config):
 
     def time_per_token(K):
         return (K * (1 + B / HALF) + calls * (1 + K * B / HALF)) * differ / (1 - (1 - differ) ** K)
-    return min(range(1, max(1, config.draft) + 1), key=time_per_token)
+    return min(range(1, max(1, min(config.draft, config.max_new_tokens)) + 1), key=time_per_token)
 
 
 @torch.no_grad()

@@ -191,6 +191,9 @@ class Sampler:
     def __post_init__(self):
         at_least(self, steps=1, t_hold=0, t_end=0, stop=0, temperature=0, top_k=0)
         require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
+        require(self.temperature == 0 or self.temperature >= 1e-4, f"temperature={self.temperature}, but it "
+                "must be 0, for the most probable token, or at least 0.0001")
+        require(abs(self.guidance) <= 1000, f"guidance={self.guidance}, but it must be from -1000 to 1000")
         require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
         require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
         for name, solver in (("t_hold", "fixed_point"), ("weight", "fixed_point"), ("tol", "adaptive")):

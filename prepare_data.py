@@ -117,6 +117,10 @@ def prepare(name, options):
     """Makes the data of a task and prints what it made. What was there stays until the new data is whole."""
     out_dir = Path(os.path.expanduser(options.out_dir or f"data/{name}"))
     new, made = out_dir / ".new", not out_dir.exists()
+    for path in out_dir.glob("*.jsonl"):                     # ours has its .npz beside it
+        if not path.with_suffix(".npz").exists():
+            raise UserError(f"error: {path} was not written by prepare_data.py and would be lost; choose "
+                            f"another --out_dir than {out_dir}")
     held = lock(new)                                         # one at a time; and we may write here
     try:
         for path in new.iterdir():                           # of a run that was killed

@@ -265,6 +265,8 @@ def set_up(config, ranks):
     run = Run(manifest, data, val, model, loss_of, ddp, optimizer, scaler, autocast, log, lock_file)
     if checkpoint:
         run.step, run.best, run.saved = checkpoint["step"], checkpoint["best"], checkpoint["step"]
+        if not os.path.exists(os.path.join(config.out_dir, "best.pt")):
+            run.best = math.inf                               # the next evaluation writes it
     n_trunk, n_trained = (sum(p.numel() for p in z) for z in (model.trunk.parameters(), trained(model)))
     ranks.say(f"{len(data.labels)} examples, {steps_of_epoch(data, config)} steps an epoch; "
               f"trunk {n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {kind}, {dtype}")

@@ -423,3 +423,27 @@ def test_an_out_dir_that_cannot_be_made_is_one_line(options, tmp_path):
 def test_out_dir_is_untouched_where_the_run_cannot_begin(options, wrong):
     error_of(train.main, argv(**options | wrong))
     assert not Path(options["out_dir"]).exists()
+
+
+@pytest.mark.parametrize("name", ["best.pt", "trunk.pt"])
+def test_a_new_run_writes_over_no_checkpoint_whatever_is_missing_beside_it(options, name):
+    options["out_dir"].mkdir(parents=True)
+    (options["out_dir"] / name).write_bytes(b"somebody's")
+    says(error_of(train.main, argv(**options)), name, "exists", "--out_dir")
+    assert (options["out_dir"] / name).read_bytes() == b"somebody's"
+
+
+def test_weights_that_are_not_finite_are_refused(options):
+    train.main(argv(**options))
+    best = options["out_dir"] / "best.pt"
+    checkpoint = torch.load(best, weights_only=True)
+    checkpoint["model"]["path.W.weight"][0, 0] = torch.nan
+    torch.save(checkpoint, best)
+    says(error_of(c.load, str(options["out_dir"])), "best.pt", "not finite", "path.W.weight")
+
+
+def test_a_resumed_run_that_lost_its_best_writes_it_again(options):
+    train.main(argv(**options | dict(steps=6)))
+    (options["out_dir"] / "best.pt").unlink()
+    train.main(argv(**options | dict(steps=8, resume=True)))
+    assert (options["out_dir"] / "best.pt").exists()

@@ -898,3 +898,12 @@ def test_a_bad_command_is_one_line(tmp_path, capsys):
 def test_an_unknown_tokenizer_is_refused():
     with pytest.raises(UserError, match="gpt2 and arithmetic"):
         load_tokenizer("gpt3")
+
+
+def test_a_users_own_file_is_never_written_over(tmp_path):
+    """As where --source is the folder that the data would go to."""
+    lines = "".join(json.dumps({"question": f"{i}?", "answer": f"#### {i}"}) + "\n" for i in range(8))
+    (tmp_path / "train.jsonl").write_text(lines)
+    message = error("jsonl", f"--source={tmp_path}", "--val=2", f"--out_dir={tmp_path}")
+    assert "train.jsonl was not written by prepare_data.py" in message and "--out_dir" in message
+    assert (tmp_path / "train.jsonl").read_text() == lines and sorted(os.listdir(tmp_path)) == ["train.jsonl"]

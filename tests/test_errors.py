@@ -110,7 +110,8 @@ def test_a_setting_of_train_that_cannot_work(options, parts, error, tmp_path):
 
 
 @pytest.mark.parametrize("options, parts", [
-    (dict(temperature=-0.5), ["temperature=-0.5", "at least 0"]), (dict(top_k=-1), ["top_k=-1", "at least 0"]),
+    (dict(temperature=-0.5), ["temperature=-0.5", "at least 0"]), (dict(temperature=1e-40), ["temperature=1e-40", "0.0001"]),
+    (dict(guidance=1e38), ["guidance=1e+38", "1000"]), (dict(top_k=-1), ["top_k=-1", "at least 0"]),
     (dict(t_end=1.5), ["t_end=1.5", "at most 1"]), (dict(t_hold=0.4), ["t_hold=0.4", "fixed_point", "not on euler"]),
     (dict(t_hold=0.95, solver="fixed_point"), ["t_hold=0.95", "t_end", "0.9"]), (dict(weight=0.3), ["weight=0.3", "fixed_point"]),
     (dict(tol=0), ["tol=0", "above 0"]), (dict(tol=0.2, solver="heun"), ["tol=0.2", "adaptive", "heun"]), (dict(stop=-1), ["stop=-1", "at least 0"]),

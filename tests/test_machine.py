@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+import time
 import types
 
 import pytest
@@ -208,3 +209,12 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(options, tmp_path):
 def test_sampling_into_a_closed_pipe_is_quiet(tmp_path, wild):
     status, _, err = script(tmp_path, "sample", f"--out_dir={wild}", "--steps=2", "--max_new_tokens=2", before=closed_pipe)
     assert err == "" and status in (0, 1)
+
+
+def test_a_rank_that_waits_for_others_in_vain_says_so_and_obeys_sigterm(options, tmp_path):
+    env = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="29517")
+    process = Process(tmp_path / "log", "train", argv(**options), **env)
+    process.until(lambda p: "rank 1 waits for all 2" in p.err())
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM

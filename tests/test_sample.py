@@ -1,9 +1,11 @@
 """sample.py: what it prints, against the trunk run by hand and against counted calls of the path."""
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import error_of, says, script
+from helpers import ROOT, error_of, says, script
 
 import sample
 from checkpoint import load, load_checkpoint, pair_from
@@ -248,3 +250,14 @@ def test_what_the_model_has_not_is_refused(wild, l2d, trunk):
     says(refused(wild, "--guidance=2"), "guidance=2.0 needs a --label", "1 step, 2 steps")
     for steps in (1, 2):                                          # there it would do nothing at all, silently
         says(refused(wild, "--guidance=2", "--label=2 steps", f"--steps={steps}"), "guidance=2.0", "--steps=3", f"not {steps}")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_is_no_error(closed, l2d):
+    command = f"{sys.executable} sample.py --out_dir={l2d} --steps=2 --max_new_tokens=2 {closed}"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+
+
+def test_a_draft_of_any_length_costs_no_time_to_choose(run):
+    assert run("--steps=2", "--draft=100000000", n=4)
