@@ -74,7 +74,6 @@ class Ranks:
             raise UserError(f"error: {values} in the environment do not go together; start several ranks by "
                             "torchrun, or unset these for one process")
         if self.world > 1:                                        # the timeout outlasts rank 0's downloads
-            print(f"rank {self.rank} waits for all {self.world}", file=sys.stderr, flush=True)
             handlers = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1),
                                     device_id=device if device.type == "cuda" else None)
