@@ -217,7 +217,7 @@ def test_a_verified_file_is_kept_and_a_damaged_one_is_fetched_again(server, tmp_
     assert server.requests[0]["Accept-Encoding"] == "identity" and "Range" not in server.requests[0]
     fetch(server, path)
     assert len(server.requests) == 1                 # verified, not fetched again
-    path.write_bytes(DATA[:-1] + b"x")
+    path.write_bytes(DATA[:-1] + bytes([DATA[-1] ^ 1]))           # whatever byte was there
     fetch(server, path)                              # damaged: fetched again
     assert len(server.requests) == 2 and path.read_bytes() == DATA
 
