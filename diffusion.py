@@ -108,16 +108,6 @@ def time_grid(n, t_end, t_hold=0.0):
     return [0.0] + [t_hold if t_hold and i < n else t_end * (i / n) for i in range(1, n + 1)]
 
 
-def last_time(steps, solver):
-    """The time of the last of `steps` evaluations (deviation 6): (steps - 1) / steps, at most 15/16; of
-    fixed_point 0.9.
-
-    At 1 Euler's x_t is V of the guess, exactly, and holds nothing else. Above 15/16 x_t shows the guess,
-    right or wrong, to a path trained on x_t from the truth, and accuracy falls (docs/LOG.md).
-    """
-    return 0.9 if solver == "fixed_point" else min((steps - 1) / steps, 15 / 16)
-
-
 def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
     """Euler's steps, of sizes chosen by Heun's error estimate, for each position on its own (deviation 7).
 
@@ -204,7 +194,13 @@ class Sampler:
                 f"t_hold={self.t_hold} needs a later t_end, not {self.last_time()}")
 
     def last_time(self):
-        return self.t_end or last_time(self.steps, self.solver)
+        """t_end; by default (steps - 1) / steps, at most 15/16 (deviation 6), and of fixed_point 0.9.
+
+        At 1 Euler's x_t is V of the guess, exactly, and holds nothing else. Above 15/16 x_t shows the guess,
+        right or wrong, to a path trained on x_t from the truth, and accuracy falls (docs/LOG.md).
+        """
+        last = 0.9 if self.solver == "fixed_point" else min((self.steps - 1) / self.steps, 15 / 16)
+        return self.t_end or last
 
     def plan(self, x_0):
         """The times and the step of Algorithm 1 that spend `steps` evaluations."""
@@ -269,7 +265,6 @@ class Denoiser:
     def __init__(self, model, sampler, tables, c, label, x_0, u=None, last=None, trace=False):
         self.model, self.sampler, self.tables = model, sampler, tables
         self.c, self.label, self.x_0, self.u = c, label, x_0, u
-        self.no_label = torch.full_like(label, model.no_label)
         self.nfe = torch.zeros_like(c.pos)
         self.running = torch.ones_like(c.pos, dtype=torch.bool)
         self.trace = [[] for _ in c.pos] if trace else None
@@ -290,7 +285,7 @@ class Denoiser:
         i = self.evaluate(x_t, t, where)
         x_1_hat = self.embed(self.last, self.guess)
         if w != 1 and i is not None:
-            free = self.path_call(x_t, t, i, self.no_label)
+            free = self.path_call(x_t, t, i, torch.full_like(self.label, self.model.no_label))
             x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(free, self.best(free, i))
         if self.sampler.stop and i is not None:
             t = t[:, None] if torch.is_tensor(t) else t
@@ -321,7 +316,7 @@ class Denoiser:
         if isinstance(i, slice):
             self.last, self.guess = last, guess
         else:
-            self.last, self.guess = self.last.index_put((i,), last), self.guess.index_put((i,), guess)
+            self.last[i], self.guess = last, self.guess.index_put((i,), guess)  # x_1_hat keeps the old guess
         self.write_trace(t, i)
         return i
 

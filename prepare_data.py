@@ -128,7 +128,7 @@ def prepare(name, options):
                 path.unlink()
         report = make(name, options, new)
         (out_dir / "manifest.json").unlink(missing_ok=True)  # from here on it is the new data or none
-        for path in sorted(new.iterdir(), key=lambda path: path.name == "manifest.json"):
+        for path in sorted(new.iterdir(), key=lambda path: (path.suffix == ".json", path.suffix == ".jsonl")):
             if path.name != "lock":
                 os.replace(path, out_dir / path.name)
     except BrokenPipeError:

@@ -20,7 +20,6 @@ from diffusion import (
     choose,
     draw,
     draw_unroll,
-    last_time,
     nll,
     noise,
     teacher_forced,
@@ -254,7 +253,7 @@ def test_adaptive_steps_each_row_on_its_own():
 def test_adaptive_keeps_to_its_budget(steps):
     """The evaluation that is read counts too; a row that needs all of them gets them."""
     f = Flips([0.01, 0.4, 2.0])
-    x, t = adaptive(f, torch.ones(3, 4), steps, tol=1e-6, t_end=last_time(steps, "adaptive"))
+    x, t = adaptive(f, torch.ones(3, 4), steps, tol=1e-6, t_end=Sampler(steps=steps, solver="adaptive").last_time())
     assert f.n.max() <= steps and (t < 1).all() and torch.isfinite(x).all()
     assert f.n[0] == steps                                        # the row that is refused spends all of it
     assert t[2] == f.latest[2] or f.n[2] == steps
