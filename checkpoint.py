@@ -29,7 +29,8 @@ def load_state(module, tensors, source):
     differ += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}"
                for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
     if differ:
-        raise UserError(f"error: {source} does not fit this model: {'; '.join(sorted(differ))}")
+        raise UserError(f"error: {source} does not fit this model: {'; '.join(sorted(differ))}; choose the "
+                        "settings that it was made with, or another file")
     if bad := sorted(k for k, z in tensors.items() if not z.isfinite().all()):
         raise UserError(f"error: {source} holds numbers that are not finite, in {', '.join(bad[:3])}; it is "
                         "damaged, or its training went wrong")
@@ -67,7 +68,11 @@ def load_trunk(name, manifest):
 
 def load_path(path, name):
     """The weights of the path in a checkpoint of train.py, into this path."""
-    tensors = load_checkpoint(name)["model"]
+    checkpoint, now = load_checkpoint(name), asdict(path.config)
+    before, tensors = checkpoint["path_config"] or {}, checkpoint["model"]
+    differ = [f"{k}={v}, not {now.get(k)}" for k, v in before.items() if k != "gate_init" and v != now.get(k)]
+    if differ:
+        raise UserError(f"error: the path in {name} was trained with {', '.join(differ)}; train on with that")
     load_state(path, {k[5:]: v for k, v in tensors.items() if k.startswith("path.")}, name)
 
 
@@ -173,7 +178,7 @@ def check_same_run(checkpoint, config, manifest, ranks):
     micro-batches."""
     if "optimizer" not in checkpoint:
         raise UserError(f"error: {checkpoint['path']} has no optimizer state; start without --resume")
-    may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir", "trunk",
+    may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir",
                   "grad_accum"}
     before, now = checkpoint["config"], asdict(config)
     if config.steps > before["steps"]:
@@ -234,13 +239,15 @@ def pair_from(checkpoint, source):
     try:
         trunk = GPT(GPTConfig(**checkpoint["trunk_config"]))
         path_config = PathConfig(**checkpoint["path_config"]) if checkpoint["path_config"] else None
-    except TypeError as e:
-        raise UserError(f"error: {source} was written by another version of this code ({e}); train it again")
-    path = DiffusionPath(trunk, path_config, checkpoint["n_labels"]) if path_config else None
-    model = L2D(trunk, path)
-    if checkpoint["trunk_lora"]:
-        trunk.add_lora(*checkpoint["trunk_lora"])
-    load_state(model, checkpoint["model"], source)
+        path = DiffusionPath(trunk, path_config, checkpoint["n_labels"]) if path_config else None
+        model = L2D(trunk, path)
+        if checkpoint["trunk_lora"]:
+            trunk.add_lora(*checkpoint["trunk_lora"])
+        load_state(model, checkpoint["model"], source)
+    except Exception as e:                                        # it may hold anything
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f"error: {source} was written by another version of this code, or is damaged "
+                        f"({why}); train it again") from None
     model.trunk_sha256 = checkpoint["trunk_sha256"]
     return model
 

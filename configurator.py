@@ -59,6 +59,8 @@ def run(main):
     except BrokenPipeError:
         discard_output()                             # Python flushes once more at its end
     except KeyboardInterrupt as e:
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)         # a second one ends at once
         print("stopped; what was finished is kept", file=sys.stderr)
         raise SystemExit(128 + (e.args or (signal.SIGINT,))[0]) from None
     except OSError as e:
@@ -76,6 +78,14 @@ def require(holds, message):
     """Raise UserError with the message unless holds."""
     if not holds:
         raise UserError(f"error: {message}")
+
+
+def without_effect(config, needs, holds, *names):
+    """Raise UserError for the first of these fields that was set, unless what it needs holds."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name in names and value != f.default and not holds:
+            raise UserError(f"error: {f.name}={value} does nothing without {needs}; leave it out")
 
 
 def configure(cls, argv=None, usage=""):

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from configurator import at_least, require
+from configurator import at_least, require, without_effect
 
 
 # -------------------------------------------------------------------------------------------- training
@@ -186,10 +186,9 @@ class Sampler:
         require(abs(self.guidance) <= 1000, f"guidance={self.guidance}, but it must be from -1000 to 1000")
         require(self.tol > 0, f"tol={self.tol}, but it must be above 0")
         require(0 < self.weight <= 1, f"weight={self.weight}, but it must be above 0 and at most 1")
-        for name, solver in (("t_hold", "fixed_point"), ("weight", "fixed_point"), ("tol", "adaptive")):
-            value = getattr(self, name)
-            require(self.solver == solver or value == getattr(Sampler, name),
-                    f"{name}={value} acts on solver={solver} alone, not on {self.solver}; leave it out")
+        without_effect(self, "solver=fixed_point", self.solver == "fixed_point", "t_hold", "weight")
+        without_effect(self, "solver=adaptive", self.solver == "adaptive", "tol")
+        without_effect(self, "a temperature", self.temperature > 0, "top_k")
         require(self.solver != "fixed_point" or self.t_hold <= self.last_time(),
                 f"t_hold={self.t_hold} needs a later t_end, not {self.last_time()}")
 

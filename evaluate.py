@@ -20,9 +20,11 @@ from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import Literal
 
+import torch
+
 import report
 from checkpoint import load
-from configurator import UserError, at_least, configure, require, run
+from configurator import UserError, at_least, configure, require, run, without_effect
 from decode import Decoding, generate
 from exam import Exam, answers, equals_and_digits, of_choices, of_true_answers
 from files import write_file
@@ -48,7 +50,7 @@ class Config(Decoding):
     votes: int = 1                  # answers sampled per problem; the most frequent one counts
     samples: int = 1                # answers sampled per problem; each counts: pass@1 to pass@samples
     run_code: bool = False          # run the code that the model writes, where scoring needs it, in a sandbox
-    batch_size: int = 64            # texts written side by side. Changes no answer
+    batch_size: int = 64            # texts written side by side; changes no answer in float32
     exact_match: bool = True        # write answers and score them; False leaves the teacher-forced numbers
     # what to show
     mistakes: int = 3               # wrong answers to print
@@ -73,6 +75,7 @@ class Config(Decoding):
                 f"guidance={self.guidance} needs --label=NAME or --use_label")
         require(self.exact_match or not (self.plot or self.show_change),
                 "--plot and --show_change need answers; leave out --exact_match=False")
+        without_effect(self, "--plot", self.plot, "controls")
         require(not self.show_change or several == 1 < n_steps,
                 f"--show_change compares one answer at two numbers of steps, as with --steps=1,16; there are "
                 f"steps={self.steps}, {several} answers each")
@@ -103,11 +106,11 @@ def set_up(config, ranks):
     allow_code(data.problems[:n] if config.exact_match else [], config.run_code)
     decodings = config.decodings(max_new_tokens=min(config.max_new_tokens, model.trunk.config.block_size))
     problems = json.dumps([problem._replace(where="") for problem in data.problems])
-    same = {k: v for k, v in asdict(decodings[0]).items() if k not in ("steps", "draft")} | {
+    same = {k: v for k, v in asdict(decodings[0]).items() if k != "steps"} | {
         "votes": config.votes, "samples": config.samples, "exact_match": config.exact_match, "labels": labels,
         "weights_sha256": checkpoint["sha256"],
         "problems_sha256": hashlib.sha256(problems.encode()).hexdigest(), "device": weight.device.type,
-        "dtype": str(weight.dtype)}
+        "dtype": str(weight.dtype), "batch_size": config.batch_size * (weight.dtype != torch.float32)}
     return Exam(config, ranks, pack(model), encoding, data, n, labels), decodings, same
 
 
@@ -164,6 +167,8 @@ def show(exam, decoding, results, records, path, controls):
           f"seed {config.seed}\n{report.table(rows)}")
     if n := rows[0].get("too_long"):
         print(f"{n} problems do not fit the model's {exam.block_size} positions: they count as wrong")
+    if (n := rows[0]["teacher_forced_n"]) < exam.n:
+        print(f"token acc. and NLL are of the {n} problems that fit with their true answers")
     for record in [r for r in records.get(decoding.steps, []) if not r["strict"]][:config.mistakes]:
         problem = exam.problems[record["id"]]
         print(f"\nwrong, steps={decoding.steps}: {problem.prompt}\n  gold:   {problem.answer!r}\n"

@@ -5,6 +5,7 @@ The problems are shared out among the ranks. Written answers are kept in a file 
 teacher-forced: every target is given its true context, no text is generated, and nothing is kept.
 """
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, require
 from decode import generate
 from diffusion import teacher_forced
 from files import read_records
@@ -24,6 +25,7 @@ from tasks import score, vote
 from tokens import choice_tokens
 
 ROWS = 32               # of a teacher-forced batch. Its noise depends on it, so it is no option
+COSTS = ("predicted", "nfe", "computed")        # of an answer, summed over its samples
 KINDS = ("result", "number", "rest")    # of a target: a number that follows an "=", another number, all else
 
 
@@ -50,10 +52,16 @@ class Exam:
 
 
 # ------------------------------------------------------------------------------------ written answers
-def read_answers(path):
-    """{problem: its scored answer} of a file that `answers` writes."""
-    needed = {"id", "output", "strict", "fits", "seconds"}
-    return {record["id"]: record for record in read_records(path) if needed <= record.keys()}
+def read_answers(path, k=math.inf):
+    """{problem: its scored answer} of a file that `answers` writes; k samples count. Damaged ones are out."""
+    most = dict.fromkeys(("strict", "flexible", "well_formed"), k) | {"fits": 1, "ended": 1} | \
+        dict.fromkeys(("id", "seconds", *COSTS), math.inf)
+
+    def sound(record):
+        numbers = [(record.get(name), high) for name, high in most.items()]
+        return isinstance(record.get("output"), str) and all(
+            isinstance(number, (int, float)) and 0 <= number <= high for number, high in numbers)
+    return {record["id"]: record for record in read_records(path) if sound(record)}
 
 
 def append(path, records):
@@ -80,10 +88,12 @@ def answer(exam, decoding, ids):
     k = max(config.votes, config.samples)
     fits = [i for i in ids if len(exam.prompts[i]) <= exam.block_size]
     rows = [(i, i * k + j) for i in fits for j in range(k)]              # each sample has its own noise
-    outputs = generate(exam.model, [exam.prompts[i] for i, _ in rows], exam.encoding.eot_token, decoding,
-                       [exam.labels[i] for i, _ in rows], [noise for _, noise in rows]) if rows else []
-    for (i, _), output in zip(rows, outputs):
-        drawn[i].append(output)
+    for start in range(0, len(rows), config.batch_size):
+        ids_, noise = zip(*rows[start:start + config.batch_size])
+        outputs = generate(exam.model, [exam.prompts[i] for i in ids_], exam.encoding.eot_token, decoding,
+                           [exam.labels[i] for i in ids_], noise)
+        for i, output in zip(ids_, outputs):
+            drawn[i].append(output)
     seconds, records = (time.time() - began) / len(ids), []
     for i, outputs in drawn.items():
         texts = [exam.encoding.decode(o.tokens) for o in outputs]
@@ -93,7 +103,7 @@ def answer(exam, decoding, ids):
             text, *scores = vote(exam.problems[i], texts, config.run_code)
         record = {"id": i, "output": text, "fits": bool(outputs), "seconds": seconds,
                   "ended": bool(outputs) and all(o.ended for o in outputs)}
-        record |= {name: sum(getattr(o, name) for o in outputs) for name in ("predicted", "nfe", "computed")}
+        record |= {name: sum(getattr(o, name) for o in outputs) for name in COSTS}
         record |= {"strict": sum(s.right for s in scores), "flexible": sum(s.flexible for s in scores),
                    "well_formed": sum(s.well_formed for s in scores)}
         records.append(record)
@@ -107,7 +117,8 @@ def answers(exam, decoding, path):
     Those in path are kept; the others are added to it as they come. A rank has every world-th problem, in the
     order of their lengths, whatever is there already. Raises UserError where answers are missing in the end.
     """
-    config, ranks, done = exam.config, exam.ranks, read_answers(path)
+    config, ranks = exam.config, exam.ranks
+    done = read_answers(path, config.samples)
     own = sorted(range(exam.n), key=lambda i: len(exam.prompts[i]))[ranks.rank::ranks.world]
     todo = [i for i in own if i not in done]
     n_done, size = len(own) - len(todo), max(1, config.batch_size // max(config.votes, config.samples))
@@ -122,7 +133,7 @@ def answers(exam, decoding, path):
     progress.close()
     n_shared_out = exam.sum(torch.tensor(len(own))).item()               # here each rank waits for the others
     assert n_shared_out == exam.n, f"the ranks have {n_shared_out} problems together, of {exam.n}"
-    done = read_answers(path)                                            # of all ranks
+    done = read_answers(path, config.samples)                            # of all ranks
     if missing := exam.n - sum(i in done for i in range(exam.n)):
         raise UserError(f"error: {missing} of {exam.n} answers are not in {path}; it must be one file for "
                         "all ranks, that only evaluate.py writes. Run it again: what is there is kept")
@@ -150,6 +161,8 @@ def of_true_answers(exam, decoding, equals, digits):
     """Mean token accuracy and -log p over the targets of the problems that fit; by kind, with path calls."""
     sums = torch.zeros(4, len(KINDS), dtype=torch.float64)               # targets, right, -log p, path calls
     fits = [i for i in range(exam.n) if exam.lengths[i] - 1 <= exam.block_size]
+    require(fits, f"none of {exam.n} problems fits the model's {exam.block_size} positions with its true "
+            "answer; there is nothing to measure")
     for ids, label, generator in batches(exam, fits, exam.lengths):
         idx, at, y, _ = batch_of(exam.data, ids, exam.device)
         logits, nfe = teacher_forced(exam.model, idx, at, decoding, generator, label)
@@ -161,8 +174,7 @@ def of_true_answers(exam, decoding, equals, digits):
     n, right, nll, _ = sums.sum(1).tolist()
     kinds = {name: {"n": int(m), "accuracy": r / max(m, 1), "nfe": calls / max(m, 1)}
              for name, m, r, calls in zip(KINDS, *sums[[0, 1, 3]].tolist())}
-    return {"token_accuracy": right / max(n, 1), "nll": nll / max(n, 1), "teacher_forced_n": len(fits),
-            "by_kind": kinds}
+    return {"token_accuracy": right / n, "nll": nll / n, "teacher_forced_n": len(fits), "by_kind": kinds}
 
 
 def of_choices(exam, decoding):
@@ -188,4 +200,5 @@ def of_choices(exam, decoding):
             log_p, right = row[tokens[choices][1]].log_softmax(0), choices.index(true)
             found[:, i] = torch.tensor([float(log_p.argmax() == right), -log_p[right].item(), 1])
     right, nll, fits = exam.sum(found)[:, asked]
-    return right.int().tolist(), nll.sum().item() / max(fits.sum().item(), 1)
+    require(fits.any(), f"no problem with choices fits the model's {exam.block_size} positions")
+    return right.int().tolist(), (nll.sum() / fits.sum()).item()

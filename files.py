@@ -102,8 +102,10 @@ def download(url, path, size=None, sha256=None):
     path, part, etag = Path(path), Path(f"{path}.part"), Path(f"{path}.part.etag")
     failures, most = 0, 0                                    # most: bytes of the longest .part so far
     try:
-        if path.exists() and not mismatch(path, size, sha256):
-            return path
+        if path.exists():
+            if not (wrong := mismatch(path, size, sha256)):
+                return path
+            print(f"{path} {wrong}: fetching it anew", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             resumed = part.exists() and part.stat().st_size > 0

@@ -136,11 +136,11 @@ def read_sharded(path):
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8-byte little-endian header length, JSON header, raw tensors."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
-              "BOOL": torch.bool}
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "I64": torch.int64, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
     def bad(what):
-        return UserError(f"error: {path} is not a valid .safetensors file ({what}); fetch it again")
+        return UserError(f"error: {path} is not a valid .safetensors file ({what}); replace it")
 
     try:
         data = bytearray(os.path.getsize(path))

@@ -75,8 +75,13 @@ class Ranks:
                             "torchrun, or unset these for one process")
         if self.world > 1:                                        # the timeout outlasts rank 0's downloads
             handlers = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1),
-                                    device_id=device if device.type == "cuda" else None)
+            try:
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                        timeout=timedelta(hours=1),
+                                        device_id=device if device.type == "cuda" else None)
+            except Exception as e:                                # of many kinds, by what is wrong
+                raise UserError(f"error: the ranks did not meet at {os.environ['MASTER_ADDR']}:"
+                                f"{os.environ['MASTER_PORT']} ({e}); check that address") from None
             for s, handler in handlers.items():                   # while waiting, Python could not run them
                 signal.signal(s, handler)
 

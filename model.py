@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError
+from configurator import UserError, at_least, require
 
 
 # ------------------------------------------------------------------------------------------- the trunk
@@ -217,6 +217,11 @@ class PathConfig:
     token_input: bool = True        # the last token enters the path, too (deviation 2); False: the paper
     gate_init: float = 1.0          # gates of the path's residuals at the start (deviation 2); 0: the paper
     w_init: float = 1.0             # w_d at the start, for t > 0 (deviation 2); 0: the paper
+
+    def __post_init__(self):
+        at_least(self, lora_rank=1, x_dim=1, t_dim=2)
+        require(self.sigma > 0, f"sigma={self.sigma}, but it must be above 0")
+        require(self.t_dim % 2 == 0, f"t_dim={self.t_dim} must be even: half of it cosines, half sines")
 
 
 def two_layers(n_in, n_hidden, n_out, zero=False, bias=True):

@@ -88,6 +88,11 @@ def make(name, options, folder):
         if not 1 <= subset <= n:
             raise UserError(f"error: --subset={subset} is out of range: 1 to {n}, or 0 for all")
         splits["train"] = splits["train"][:subset]
+    seen = {p.prompt for split in ("train", "mix") for p in splits.get(split, ())}
+    for split in splits.keys() - {"train", "mix"}:
+        if n := sum(p.prompt in seen for p in splits[split]):
+            print(f"note: {n} questions of {split} are in the training data, too: what is measured there is "
+                  "in part what was learned by heart")
     label_names = list(task.labels or sorted({p.label for problems in splits.values() for p in problems}))
     if len(label_names) > 255:
         raise UserError(f"error: {len(label_names)} different labels; there may be 255")

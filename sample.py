@@ -18,6 +18,7 @@ from tokens import encode_question
 
 QUESTION = ("Jack buys 5 trays of 10 lemons each. He throws 45 lemons away. "
             "How many lemons does Jack have now?")
+AT_ONCE = 64                        # samples written side by side, for memory
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,19 @@ def main(argv=None):
         raise UserError(f"error: the prompt has {len(prompt)} tokens, but the model only "
                         f"{model.trunk.config.block_size} positions; shorten it")
     pack(model)
-    start, n_rows = time.time(), config.num_samples
-    prompts, labels = [prompt] * n_rows, [label] * n_rows
-    outputs = generate(model, prompts, encoding.eot_token, config, labels, trace=config.trace)
+    start, outputs = time.time(), []
+    for first in range(0, config.num_samples, AT_ONCE):
+        ids = range(first, min(first + AT_ONCE, config.num_samples))
+        n_rows, eot = len(ids), encoding.eot_token
+        for output in generate(model, [prompt] * n_rows, eot, config, [label] * n_rows, ids, config.trace):
+            outputs.append(output)
+            print(f"--- sample {len(outputs)} of {config.num_samples}")
+            end = "" if output.ended else "  [cut: no end of text]"
+            print(encoding.decode(prompt) + encoding.decode(output.tokens) + end)
+            if output.trace:
+                tokens = output.tokens + [eot] * output.ended
+                print(format_trace(output, tokens, encoding, sys.stdout.isatty()))
     seconds = time.time() - start
-    for i, output in enumerate(outputs):
-        print(f"--- sample {i + 1} of {n_rows}")
-        end = "" if output.ended else "  [cut: no end of text]"
-        print(encoding.decode(prompt) + encoding.decode(output.tokens) + end)
-        if output.trace:
-            tokens = output.tokens + [encoding.eot_token] * output.ended
-            print(format_trace(output, tokens, encoding, sys.stdout.isatty()))
     counts = ("predicted", "nfe", "computed", "rounds")
     n, nfe, computed, rounds = (sum(getattr(output, name) for output in outputs) for name in counts)
     print(f"--- steps={config.steps} {config.solver}: {n} tokens, NFE {nfe / n:.2f} path calls per token "

@@ -42,8 +42,9 @@ def read_text(problem, text):
     """The number after #### where the true answer has one, else the whole text but for case and spacing."""
     if "####" in problem.answer:
         return read_number(problem, text)
-    words = " ".join(unicodedata.normalize("NFC", text).casefold().split()).strip(" .,;:!?\"'") or None
-    return words, words
+    words = " ".join(unicodedata.normalize("NFC", text).casefold().split()).strip(" ,;:\"'")
+    words = re.sub(r"(?<=[^\W\d])[!?.,;:\"' ]+$", "", words).rstrip(" .")     # 5! is not 5, nor is .5
+    return (words if re.search(r"\w", words) else None,) * 2
 
 
 def read_letter(problem, text):

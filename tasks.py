@@ -139,7 +139,7 @@ class Files(Options):
 
 @dataclass(frozen=True)
 class HeldOut(Files):
-    val: int = 500                   # training problems held out for validation
+    val: int = 500                   # training problems held out for validation, where no file has them
     strip_annotations: bool = False  # remove the calculator annotations <<...>> from the answers
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def from_lines(make, files, optional=()):
     A loader of files with a problem on each line: make(row, where, options) -> (split or "", Problem).
 
     files: {split: (name, url, size, sha256)}; those of optional splits may be absent from --source. Where the
-    options have val, so many problems are held out from the training split.
+    options have val, so many problems are held out from the training split, unless there is a file of them.
     """
     def load(options, folder):
         splits, sources = {}, {}
@@ -260,7 +260,7 @@ def from_lines(make, files, optional=()):
                 raise UserError(f"error: {path} holds no problems")
             for own, problem in found:
                 splits.setdefault(own or split, []).append(problem)
-        if hasattr(options, "val") and "train" in splits:
+        if hasattr(options, "val") and "train" in splits and "val" not in splits:
             splits = hold_out(splits, options.val)
         return splits, sources
     return load
@@ -411,7 +411,7 @@ GSM8K_FILES = {
               "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
     "test": ("test.jsonl", f"{GSM8K}grade_school_math/data/test.jsonl", 749738,
              "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14")}
-JSONL_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl",)}
+JSONL_FILES = {split: (f"{split}.jsonl",) for split in ("train", "val", "test")}
 MATH_FILES = {
     "train": ("train.jsonl",),
     "test": ("test.jsonl", "https://raw.githubusercontent.com/ZubinGou/math-evaluation-harness/"
@@ -436,7 +436,7 @@ TASKS = {
                    well_formed=lambda problem, text: in_style(problem.label, text)),
     "gsm8k": Task(from_lines(gsm8k, GSM8K_FILES), scoring.read_number, HeldOut,
                   group="math", labels=step_names(8), shots="train"),
-    "jsonl": Task(from_lines(jsonl, JSONL_FILES, ["test"]), scoring.read_text, HeldOut,
+    "jsonl": Task(from_lines(jsonl, JSONL_FILES, ["val", "test"]), scoring.read_text, HeldOut,
                   labels=(), shots="train", expects=f"words, or {NUMBER}"),
     "math": Task(from_lines(competition, MATH_FILES, ["train"]), scoring.read_boxed, HeldOut,
                  group="math", shots="train", expects=r"a formula in \boxed{}"),

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import diffusion
 from checkpoint import Log, check_same_run, load_path, load_trunk, open_out_dir, pair_from, save_run
-from configurator import UserError, at_least, configure, require
+from configurator import UserError, at_least, configure, require, without_effect
 from configurator import run as run_script
 from machine import StopSignals, compiles, pick_device, pick_dtype, ranks_of, use_kernels_for_training
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
@@ -86,21 +86,22 @@ class Config(PathConfig):
     seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, steps=1, batch_size=1, grad_accum=1, eval_every=1, eval_examples=1, log_every=1,
-                 seed=0, block_size=2, lora_rank=1, x_dim=1, t_dim=2, warmup=0, weight_decay=0, grad_clip=0,
-                 unroll=0, min_lr=0, label_dropout=0, beta1=0, beta2=0)
+                 seed=0, block_size=2, warmup=0, weight_decay=0, grad_clip=0, unroll=0, min_lr=0,
+                 label_dropout=0, beta1=0, beta2=0)
+        require(self.out_dir, "out_dir is empty; name a folder")
         require((self.trunk_mode, self.path_mode) != ("frozen", "none"), "trunk_mode=frozen with "
                 "path_mode=none trains nothing; choose a path, or lora or full for the trunk")
-        require((self.trunk, self.trunk_mode) != ("scratch", "lora"), "trunk=scratch with trunk_mode=lora "
-                "would train a LoRA on random weights; use trunk_mode=full")
+        require(self.trunk != "scratch" or self.trunk_mode == "full", f"trunk=scratch with trunk_mode="
+                f"{self.trunk_mode} would keep its random weights; use trunk_mode=full")
+        without_effect(self, "a path", self.path_mode != "none", "unroll", "path_from")
         require(self.warmup < self.steps, f"warmup={self.warmup} must be below steps={self.steps}")
-        for name in ("sigma", "learning_rate"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)}, but it must be above 0")
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate}, but it must be above 0")
         require(self.label_dropout <= 1, f"label_dropout={self.label_dropout}, but it must be at most 1")
         require(max(self.beta1, self.beta2) < 1, f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
         require(self.min_lr <= self.learning_rate, f"min_lr={self.min_lr} is above learning_rate="
                 f"{self.learning_rate}: the decay would be a rise; lower it")
-        require(self.t_dim % 2 == 0, f"t_dim={self.t_dim} must be even: half of it cosines, half sines")
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -141,6 +142,10 @@ def make_model(config, manifest):
         trunk = GPT(GPTConfig(config.block_size, manifest["n_vocab"], *sizes))
     else:
         trunk = load_trunk(config.trunk, manifest)
+        for name in ("n_layer", "n_head", "n_embd"):
+            asked, found = getattr(config, name), getattr(trunk.config, name)
+            require(asked in (getattr(Config, name), found), f"{name}={asked}, but the trunk {config.trunk} "
+                    f"has {found}; leave it out, or train one from scratch")
     require(config.block_size <= trunk.config.block_size,
             f"block_size={config.block_size} is beyond the trunk's {trunk.config.block_size} positions")
     path_config = PathConfig(**{f.name: getattr(config, f.name) for f in fields(PathConfig)})
@@ -280,8 +285,9 @@ def steps_of_epoch(data, config):
 def evaluate_and_save(run, config, ranks):
     result = evaluate(run.loss_of, run.val, config, ranks, run.autocast)
     loss = result["val_loss"]
+    kept = f"{config.out_dir}/last.pt holds step {run.saved}" if run.saved >= 0 else "Nothing was written"
     require(math.isfinite(loss), f"the validation loss is {loss} at step {run.step}; lower learning_rate, or "
-            f"use another dtype. {config.out_dir}/last.pt holds step {run.saved}")
+            f"use another dtype. {kept}")
     text = f"step {run.step}: validation loss {loss:.4f}"
     if run.model.path:
         text += f" (trunk {result['trunk_loss']:.4f})"

@@ -1,6 +1,7 @@
 """checkpoint.py: what is saved is whole, loads as it was, and a run that was stopped or killed is the same run."""
 import hashlib
 import json
+import math
 import os
 import pickle
 import resource
@@ -137,6 +138,17 @@ def test_a_checkpoint_of_another_architecture_prints_every_difference(tmp_path):
          "unexpected path.h.0.c_q.weight")
     checkpoint["path_config"] |= {"rotary": True}
     says(error_of(pair_from, checkpoint, "out/last.pt"), "another version", "rotary")
+
+
+@pytest.mark.parametrize("change", [dict(path_config={"sigma": 0.0}), dict(path_config={"sigma": math.nan}),
+                                    dict(path_config={"x_dim": [3]}), dict(path_config={"t_dim": 7}), dict(n_labels="two"),
+                                    dict(trunk_config={"n_head": 0}), dict(trunk_lora=[1]), dict(trunk_lora=["a", "b"]),
+                                    dict(model=[1, 2]), dict(trunk_config={"n_embd": "wide"})])
+def test_a_checkpoint_that_holds_what_it_cannot_is_one_line(tmp_path, change):
+    checkpoint = load_checkpoint(describe_to(tmp_path, pair("full")))
+    (key, value), = change.items()
+    checkpoint[key] = checkpoint[key] | value if isinstance(value, dict) else value
+    assert error_of(pair_from, checkpoint, "out/last.pt")
 
 
 # --------------------------------------------------------------------------------- stop, kill and resume
@@ -312,6 +324,7 @@ def test_refusals_lose_nothing(stopped, l2d):
     message = error_of(train.main, argv(**stopped | dict(sigma=5, learning_rate=0.02), resume=True))
     says(message, "another configuration", "sigma was 4.0, now 5.0", "learning_rate was 0.01, now 0.02")
     says(error_of(train.main, argv(**stopped | dict(steps=3), resume=True)), "steps was 4, now 3")
+    says(error_of(train.main, argv(**stopped | dict(trunk="gpt2"), resume=True)), "trunk was ", "now 'gpt2'")
     after = files(stopped["out_dir"])
     assert {k: v for k, v in after.items() if k != "lock"} == {k: v for k, v in before.items() if k != "lock"}
     train.main(argv(**stopped, resume=True))                      # a finished run: nothing to do

@@ -1,5 +1,6 @@
 """configurator.py against hand-written expectations: the command line, config files, errors, --help."""
 
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -390,3 +391,13 @@ def test_exit_status(tmp_path):
     assert run("--step=2") == (1, "", "error: unknown option --step; did you mean --steps? (--help lists all)\n")
     assert run("--help") == (0, "Usage.\n\nOptions, with their defaults:\n"
                                 "  --steps=4                      int    evaluations per token\n", "")
+
+
+def test_a_second_signal_after_the_last_line_ends_at_once_without_a_traceback():
+    code = ("import atexit, configurator, os, signal, time\n"
+            "def end(): os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)\n"
+            "def main(): atexit.register(end); os.kill(os.getpid(), signal.SIGINT); time.sleep(5)\n"
+            "configurator.run(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "stopped; what was finished is kept\n")

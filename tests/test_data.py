@@ -529,6 +529,16 @@ def test_own_data_is_one_command(tmp_path):
     assert sorted(texts) == sorted((row["question"], row["answer"]) for row in OWN)
 
 
+def test_own_validation_problems_are_used_and_a_question_in_two_splits_is_named(tmp_path, capsys):
+    for split, rows in dict(train=OWN[:20], val=OWN[18:24], test=OWN[24:]).items():
+        write_lines(tmp_path / f"in/{split}.jsonl", rows)
+    main(["jsonl", f"--source={tmp_path}/in", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"])
+    assert load_manifest(tmp_path / "out")["counts"] == dict(train=20, val=6, test=6)
+    assert [question_of(p) for p in load_split(tmp_path / "out", "val").problems] == [r["question"] for r in OWN[18:24]]
+    printed = capsys.readouterr().out
+    assert "note: 2 questions of val are in the training data" in printed and "of test are in" not in printed
+
+
 def test_own_data_may_have_labels(tmp_path):
     write_lines(tmp_path / "train.jsonl", [row | {"label": "big" if i > 5 else "a"} for i,
                                            row in enumerate(OWN)])

@@ -91,7 +91,12 @@ def test_a_typo_in_a_config_file_is_as_wrong_and_says_where(error, tmp_path):
     (dict(warmup=40), ["warmup=40", "steps=40"]),
     (dict(min_lr=0.02), ["min_lr=0.02", "learning_rate=0.01", "a rise"]),
     (dict(path_mode="none"), ["trunk_mode=frozen", "path_mode=none", "trains nothing", "choose"]),
-    (dict(trunk="scratch", trunk_mode="lora"), ["trunk=scratch", "trunk_mode=lora", "use trunk_mode=full"]),
+    *[(dict(trunk="scratch", trunk_mode=mode), ["trunk=scratch", f"trunk_mode={mode}", "use trunk_mode=full"])
+      for mode in ("lora", "frozen")],
+    *[(dict(path_mode="none", trunk_mode="full", **{name: value}), [f"{name}={value}", "without a path", "leave it out"])
+      for name, value in (("unroll", 4), ("path_from", "x.pt"))],
+    (dict(n_layer=3), ["n_layer=3", "has 2", "leave it out"]), (dict(n_head=4), ["n_head=4", "has 2"]),
+    (dict(out_dir=""), ["out_dir is empty"]),
     (dict(train_split="trian"), ["no split 'trian'", "train, val, test"]),
     (dict(val_split="valid"), ["no split 'valid'", "train, val, test"]),
     (dict(trunk="gpt3"), ["'gpt3'", "gpt2-medium"]),
@@ -111,10 +116,10 @@ def test_a_setting_of_train_that_cannot_work(options, parts, error, tmp_path):
 
 @pytest.mark.parametrize("options, parts", [
     (dict(temperature=-0.5), ["temperature=-0.5", "at least 0"]), (dict(temperature=1e-40), ["temperature=1e-40", "0.0001"]),
-    (dict(guidance=1e38), ["guidance=1e+38", "1000"]), (dict(top_k=-1), ["top_k=-1", "at least 0"]),
-    (dict(t_end=1.5), ["t_end=1.5", "at most 1"]), (dict(t_hold=0.4), ["t_hold=0.4", "fixed_point", "not on euler"]),
+    (dict(guidance=1e38), ["guidance=1e+38", "1000"]), (dict(top_k=-1), ["top_k=-1", "at least 0"]), (dict(top_k=5), ["top_k=5", "without a temperature"]),
+    (dict(t_end=1.5), ["t_end=1.5", "at most 1"]), (dict(t_hold=0.4), ["t_hold=0.4", "solver=fixed_point", "leave it out"]),
     (dict(t_hold=0.95, solver="fixed_point"), ["t_hold=0.95", "t_end", "0.9"]), (dict(weight=0.3), ["weight=0.3", "fixed_point"]),
-    (dict(tol=0), ["tol=0", "above 0"]), (dict(tol=0.2, solver="heun"), ["tol=0.2", "adaptive", "heun"]), (dict(stop=-1), ["stop=-1", "at least 0"]),
+    (dict(tol=0), ["tol=0", "above 0"]), (dict(tol=0.2, solver="heun"), ["tol=0.2", "solver=adaptive", "leave it out"]), (dict(stop=-1), ["stop=-1", "at least 0"]),
     (dict(weight=0), ["weight=0", "above 0"]), (dict(steps=0), ["steps=0", "at least 1"]),
     (dict(draft=-1), ["draft=-1", "at least 0"]), (dict(seed=-1), ["seed=-1", "at least 0"]),
     (dict(max_new_tokens=0), ["max_new_tokens=0", "at least 1"]), (dict(num_samples=0), ["num_samples=0", "at least 1"]),

@@ -220,6 +220,14 @@ def test_votes(votes, run, out_dir, arithmetic, encoding):
         assert votes == 1 or len(set(texts)) > 1
 
 
+def test_no_more_texts_are_written_at_once_than_batch_size_says(run, monkeypatch):
+    generate, sizes = exam.generate, []
+    monkeypatch.setattr(exam, "generate", lambda model, prompts, *args: sizes.append(len(prompts)) or
+                        generate(model, prompts, *args))
+    run("--steps=1", "--limit=4", "--votes=19", "--temperature=1")
+    assert sizes == 4 * [8, 8, 3]
+
+
 def test_votes_and_samples_count(run, arithmetic, monkeypatch, encoding):
     """Three samples of each problem, given: the majority counts, or each of them does."""
     problems = load_split(arithmetic, "val").problems
@@ -240,14 +248,18 @@ def test_votes_and_samples_count(run, arithmetic, monkeypatch, encoding):
 
 
 def test_answers_are_not_mixed_up(run, out_dir):
-    """Another limit, batch size or draft shares them; what changes an answer, or the weights, does not."""
+    """Another limit shares them, in float32 another batch size; what changes an answer, its path calls, or the
+    weights, does not."""
     run("--steps=2", "--limit=8")
-    for same in ("--batch_size=5", "--draft=0", "--mistakes=0"):
+    for same in ("--batch_size=5", "--mistakes=0"):
         run("--steps=2", "--limit=12", same)
         assert run.generated == (4 if same == "--batch_size=5" else 0), same
+    for batch in (8, 5):                                          # in bfloat16 its size rounds otherwise
+        run("--steps=2", "--limit=4", "--dtype=bfloat16", f"--batch_size={batch}")
+        assert run.generated == 4, batch
     run("--steps=2", "--limit=6")
     assert run.generated == 0
-    for change in ("--seed=1", "--temperature=1", "--t_end=0.9", "--solver=adaptive", "--label=2 steps",
+    for change in ("--seed=1", "--draft=0", "--temperature=1", "--t_end=0.9", "--solver=adaptive", "--label=2 steps",
                    "--use_label", "--max_new_tokens=9", "--stop=0.5", "--guess=mean"):
         run("--steps=2", "--limit=4", change)
         assert run.generated == 4, change
@@ -322,7 +334,14 @@ def test_goes_on_after_a_cut(cut, run, out_dir):
     assert timeless(found) == timeless(before)
 
 
-@pytest.mark.parametrize("damage", [b'{"id": 3, "outp', b"\0" * 300, b"[]", b'{"id": 3}', b"\xff\xfe", b"7"])
+SOUND = dict(id=3, output="", fits=True, ended=True, seconds=1.0, predicted=9, nfe=0, computed=0, strict=1, flexible=1,
+             well_formed=1)
+DAMAGED = [dict(strict=7), dict(flexible=-1), dict(well_formed="1"), dict(nfe=None), dict(computed=[3]), dict(predicted=-2),
+           dict(seconds=math.nan), dict(output=5), dict(fits="no"), dict(id="3"), dict(ended=2)]
+
+
+@pytest.mark.parametrize("damage", [b'{"id": 3, "outp', b"\0" * 300, b"[]", b'{"id": 3}', b"\xff\xfe", b"7",
+                                    *(json.dumps(SOUND | change).encode() for change in DAMAGED)])
 def test_a_damaged_line_costs_that_line(damage, run, out_dir):
     whole, _ = run("--steps=1", "--limit=10")
     path = out_dir / "eval" / whole["rows"][0]["answers"]
@@ -597,6 +616,10 @@ def test_questions_that_do_not_fit_are_wrong(run, arithmetic, questions, encodin
         assert 0 < row["nll"] < math.inf and row["teacher_forced_n"] < 40
     note = f"{row['too_long']} problems do not fit the model's {positions} positions: they count as wrong"
     assert note in printed
+    assert f"token acc. and NLL are of the {row['teacher_forced_n']} problems that fit" in printed
+    none = random_pair(tmp_path / "none", load_manifest(questions), positions=3)
+    with pytest.raises(UserError, match="none of 40 problems fits the model's 3 positions"):
+        run("--steps=1", out_dir=none, data_dir=questions)
 
 
 def test_code_is_run_only_when_asked_to(run, arithmetic, encoding, monkeypatch, tmp_path):
@@ -675,6 +698,8 @@ def test_plot(run, out_dir, tmp_path):
     (["--steps=-1"], ["steps='-1'"]),
     (["--exact_match=False", "--plot"], ["--plot", "--exact_match=False"]),
     (["--limit=-1"], ["limit=-1"]),
+    (["--controls=out/x"], ["controls=out/x", "without --plot"]),
+    (["--top_k=4"], ["top_k=4", "without a temperature"]),
     (["--show_change", "--steps=4"], ["--show_change", "--steps=1,16"]),
     (["--show_change", "--votes=2", "--temperature=1"], ["--show_change", "2 answers"]),
     (["--split=nothing"], ["'nothing'", "val"]),

@@ -211,14 +211,16 @@ def only_file(path):
     return [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_verified_file_is_kept_and_a_damaged_one_is_fetched_again(server, tmp_path):
+def test_a_verified_file_is_kept_and_a_damaged_one_is_fetched_again(server, tmp_path, capsys):
     path = tmp_path / "deep" / "file"
     assert fetch(server, path) == path and path.read_bytes() == DATA and only_file(path)
     assert server.requests[0]["Accept-Encoding"] == "identity" and "Range" not in server.requests[0]
     fetch(server, path)
     assert len(server.requests) == 1                 # verified, not fetched again
     path.write_bytes(DATA[:-1] + bytes([DATA[-1] ^ 1]))           # whatever byte was there
-    fetch(server, path)                              # damaged: fetched again
+    capsys.readouterr()
+    fetch(server, path)                              # damaged: fetched again, and said so
+    assert f"{path} has sha256" in capsys.readouterr().err
     assert len(server.requests) == 2 and path.read_bytes() == DATA
 
 

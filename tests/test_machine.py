@@ -74,6 +74,12 @@ def test_a_stray_rank_in_the_environment_is_one_line(monkeypatch, env, options):
     assert not options["out_dir"].exists()
 
 
+def test_an_address_that_cannot_be_is_one_line(monkeypatch, options):
+    for key, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="99999").items():
+        monkeypatch.setenv(key, value)
+    says(error_of(train.main, argv(**options)), "did not meet at 127.0.0.1:99999", "check that address")
+
+
 def test_one_process_is_rank_0_of_1(capsys):
     ranks = Ranks(CPU)
     assert (ranks.rank, ranks.world, ranks.main) == (0, 1, True) and ranks.any(True) and not ranks.any(0)

@@ -17,6 +17,8 @@ spec = importlib.util.spec_from_file_location("results", path)
 results = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(results)
 
+COUNTS = "fits", "ended", "flexible", "well_formed", "predicted", "nfe", "computed"
+
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
@@ -34,7 +36,7 @@ def tree(tmp_path, monkeypatch):
                          "interval": wilson(sum(strict), n), "flexible": 1.0,
                          "well_formed": 0.75, "cut": 0.25, "tokens": 9, "nfe": T - 1, "answers": file})
             if answers:                                            # in another order than the problems'
-                fields = {"output": "", "fits": True, "seconds": 1}
+                fields = {"output": "", "seconds": 1} | dict.fromkeys(COUNTS, 1)
                 lines = [json.dumps({"id": i, "strict": s} | fields) + "\n" for i, s in enumerate(strict)]
                 (folder / file).write_text("\n" + "".join(lines[::-1]))
         steps = ",".join(map(str, right))
@@ -138,8 +140,8 @@ def test_without_all_answers(tree, capsys):
         return folders[name] / "test_0123abcd_steps2.jsonl"
     path("short").write_text(path("short").read_text().split("\n", 2)[2])
     path("cut").write_text(path("cut").read_text().rstrip("}\n"))
-    more = '{"id": 3, "strict": 0, "output": "", "fits": true, "seconds": 1}\n'
-    path("long").write_text(path("long").read_text() + more)
+    more = {"id": 3, "strict": 0, "output": "", "seconds": 1} | dict.fromkeys(COUNTS, 1)
+    path("long").write_text(path("long").read_text() + json.dumps(more) + "\n")
     two = {name: group["rows"][1] for name, group in read().items()}
     assert [name for name, row in two.items() if "vs_one" in row] == ["long"] and len(two) == 4
     assert two["long"]["vs_one"]["gained"] == 2 and all(row["strict"]["mean"] == 1 for row in two.values())

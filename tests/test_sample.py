@@ -108,13 +108,15 @@ def test_the_adaptive_solver_counts_its_calls(run, calls):
     assert abs(sum(calls) / tokens - nfe) < 0.006 and 1 <= nfe <= 11 and computed == nfe
 
 
-def test_samples_depend_on_the_seed_alone(run):
+def test_samples_depend_on_the_seed_alone(run, monkeypatch):
     args = ["--num_samples=3", "--temperature=1", "--steps=3"]
     texts, last = run(*args, "--seed=5")
     assert len(set(texts)) == 3 and all(text.startswith(f"Question: {PROMPT}\nAnswer:") for text in texts)
     assert run(*args, "--seed=5")[0] == texts
     assert not set(run(*args, "--seed=6")[0]) & set(texts)
     assert run("--num_samples=2", *args[1:], "--seed=5")[0] == texts[:2]      # not on how many follow
+    monkeypatch.setattr(sample, "AT_ONCE", 2)
+    assert run(*args, "--seed=5")[0] == texts                     # nor on how many are written side by side
     greedy, _ = run("--num_samples=3", "--steps=1")
     assert len(set(greedy)) == 1
     assert run("--temperature=1", "--top_k=1", "--steps=1")[0] == greedy[:1]

@@ -216,6 +216,12 @@ def test_words_are_compared_but_for_case_spacing_and_final_signs(output, right):
     check_gold(problem("Paris", task="jsonl"))
 
 
+@pytest.mark.parametrize("gold, others", [("5", ["5!", ".5", "-5", "5%", "5 5"]), (".5", ["5", "5."]), ("x", ["-x", "x'"])])
+def test_signs_that_change_a_number_count(gold, others):
+    assert score(problem(gold, task="jsonl"), f" {gold}.\n").right
+    assert [other for other in others if score(problem(gold, task="jsonl"), other).right] == (["x'"] if gold == "x" else [])
+
+
 def test_accents_match_however_they_are_composed():
     assert score(problem("Caf\u00e9", task="jsonl"), "cafe\u0301").right
     assert not score(problem("Caf\u00e9", task="jsonl"), "cafe").right

@@ -112,8 +112,8 @@ def test_logits_are_those_of_transformers(tmp_path, kind, shape, monkeypatch):
     assert (our_logits(trunk, idx) - expected).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_float32(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_another_precision_become_float32(tmp_path, dtype):
     save_file = pytest.importorskip("safetensors.torch").save_file
     hf = hugging_face("GPT2LMHeadModel", SHAPES["even"]).to(dtype)
     save_file({k: v.clone() for k, v in hf.state_dict().items()}, tmp_path / "model.safetensors",
