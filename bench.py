@@ -34,16 +34,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import decode
 import train
+from batches import batch_of
 from checkpoint import load
 from configurator import UserError, at_least, configure, run
 from decode import Decoding, Generated, generate
 from files import write_file
+from gpt2_weights import GPT2_SIZES
 from machine import pick_device, pick_dtype, use_kernels_for_training
 from measure import alternate, passes_of, peaks, print_table, probes, spread
 from memory import MODES, Trainee, random_pair, step_bytes
-from model import GPT2_SIZES, GPTConfig, PathConfig
+from model import GPTConfig, PathConfig
 from packed import pack
-from prepare_data import batch_of, load_split
+from prepare_data import load_split
 from report import provenance
 
 SIZES = GPT2_SIZES | {"tiny": GPTConfig(vocab_size=1024, n_layer=2, n_head=2, n_embd=64)}

@@ -7,15 +7,14 @@ others, which then hold the path alone.
 """
 import hashlib
 import io
-import json
 import os
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 
-from configurator import UserError
-from files import lock, read_records, write_file
+from configurator import UserError, require
+from files import lock, write_file
 from machine import pick_device, pick_dtype
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
 from tokens import fingerprint, load_tokenizer
@@ -64,6 +63,26 @@ def load_trunk(name, manifest):
         raise UserError(f"error: the trunk {name} has {trunk.config.vocab_size} tokens, but the data's "
                         f"tokenizer, {manifest['tokenizer']}, has {manifest['n_vocab']}; prepare it anew")
     return trunk
+
+
+def make_model(config, manifest):
+    """The pair that config asks for, on the CPU in float32, its trunk frozen."""
+    if config.trunk == "scratch":
+        sizes = config.n_layer, config.n_head, config.n_embd
+        trunk = GPT(GPTConfig(config.block_size, manifest["n_vocab"], *sizes))
+    else:
+        trunk = load_trunk(config.trunk, manifest)
+        for name in ("n_layer", "n_head", "n_embd"):
+            asked, found = getattr(config, name), getattr(trunk.config, name)
+            require(asked in (getattr(type(config), name), found), f"{name}={asked}, but the trunk "
+                    f"{config.trunk} has {found}; leave it out, or train one from scratch")
+    require(config.block_size <= trunk.config.block_size,
+            f"block_size={config.block_size} is beyond the trunk's {trunk.config.block_size} positions")
+    path_config = PathConfig(**{f.name: getattr(config, f.name) for f in fields(PathConfig)})
+    path = DiffusionPath(trunk, path_config, manifest["n_labels"]) if config.path_mode != "none" else None
+    if path and config.path_from:
+        load_path(path, config.path_from)
+    return L2D(trunk, path)
 
 
 def load_path(path, name):
@@ -126,25 +145,6 @@ def save_run(run, config, ranks, better=False):
         save(checkpoint, last, previous)
     except UserError as e:
         raise UserError(f"{e}. {last} holds step {saved}" if saved >= 0 else str(e)) from None
-
-
-class Log:
-    """metrics.jsonl: a line for every report of the main rank. A new run starts it afresh, a resumed one
-    drops the steps that it will repeat."""
-    def __init__(self, config, ranks, step):
-        self.path, self.main = os.path.join(config.out_dir, "metrics.jsonl"), ranks.main
-        if self.main:
-            kept = [r for r in read_records(self.path) if config.resume and r.get("step", 0) <= step]
-            text = "".join(json.dumps(r) + "\n" for r in kept)
-            write_file(self.path, lambda file: file.write(text.encode()))
-
-    def __call__(self, **record):
-        if self.main:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as e:
-                raise UserError(f"error: cannot write {self.path}: {e.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------- resume

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from configurator import at_least
-from diffusion import Denoiser, Sampler, Tables, choose, predict
+from denoiser import Denoiser, Tables, choose
+from diffusion import Sampler, predict
 from model import Context
 
 HALF = 32               # a pass over n positions takes about as long as 1 + n / HALF passes over few

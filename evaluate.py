@@ -31,7 +31,7 @@ from files import write_file
 from machine import pick_device, ranks_of
 from packed import pack
 from prepare_data import Split, encode_split, load_manifest, load_split
-from sample import check, format_trace
+from sample import check
 from tasks import TASKS, allow_code, few_shot
 
 
@@ -157,7 +157,8 @@ def show_change(exam, decoding, records):
           f"{exam.problems[i].prompt}\n  steps={few}: {first[i]['output']!r}\n"
           f"  steps={many}: {last[i]['output']!r}\n"
           f"each token at steps={many}; a star marks one that the steps changed")
-    print(format_trace(output, output.tokens + [eot] * output.ended, exam.encoding, sys.stdout.isatty()))
+    tokens = output.tokens + [eot] * output.ended
+    print(report.format_trace(output, tokens, exam.encoding, sys.stdout.isatty()))
 
 
 def show(exam, decoding, results, records, path, controls):

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from batches import batch_of
 from configurator import UserError, require
 from decode import generate
 from diffusion import teacher_forced
 from files import read_records
 from machine import Ranks
-from prepare_data import Split, batch_of
+from prepare_data import Split
 from tasks import score, vote
 from tokens import choice_tokens
 

@@ -13,8 +13,14 @@ import torch
 
 from configurator import UserError
 from files import TIMEOUT, download
+from model import GPTConfig
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_SIZES = {
+    "gpt2":        GPTConfig(),                                   # 124M parameters
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large":  GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl":     GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
 PINNED = {"gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e", 548105171,
                    "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707")}
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,7 +64,7 @@ def find_weights(path, name):
     if (path / "pytorch_model.bin").exists():                # a pickle, which may run code
         remedy = f"convert it: python -c \"from transformers import GPT2LMHeadModel as M; " \
                  f"M.from_pretrained('{path}').save_pretrained('{path}')\""
-    elif name in NAMES:
+    elif name in GPT2_SIZES:
         remedy = f"it hides the hub's name, so for those weights write --trunk=openai-community/{name}"
     else:
         remedy = f"fetch {FILE} into it"
@@ -68,9 +74,9 @@ def find_weights(path, name):
 def download_weights(name):
     """The path of the weights with that hub name, fetched to data/weights if they are not there yet."""
     size = name.removeprefix("openai-community/")
-    if size not in NAMES:
+    if size not in GPT2_SIZES:
         raise UserError(f"error: no such trunk: {name!r} is neither a file, a directory nor one of "
-                        f"{', '.join(NAMES)}")
+                        f"{', '.join(GPT2_SIZES)}")
     path = Path("data/weights") / size / FILE
     if path.exists():
         return path

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 import train
 from configurator import configure, run
 from files import write_file
-from model import GPT, GPT2_SIZES, L2D, DiffusionPath, PathConfig
+from gpt2_weights import GPT2_SIZES
+from model import GPT, L2D, DiffusionPath, PathConfig
 
 MODES = {"full finetuning": ("full", "none"), "trunk LoRA": ("lora", "none"),    # trunk_mode, path_mode
          "L2D, full path": ("frozen", "full"), "L2D, LoRA path": ("frozen", "lora")}

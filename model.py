@@ -49,14 +49,6 @@ class GPTConfig:
             raise UserError(f"error: n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
 
 
-GPT2_SIZES = {
-    "gpt2":        GPTConfig(),                                   # 124M parameters
-    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
-    "gpt2-large":  GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
-    "gpt2-xl":     GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
-}
-
-
 def borrow(module, name, value):
     """Set module.name without registering it: used, but never saved, counted or moved a second time."""
     object.__setattr__(module, name, value)

@@ -214,45 +214,6 @@ def load_split(data_dir, split):
     return Split(tokens, mask, offsets, labels, problems)
 
 
-def batch_of(data, ids, device):
-    """
-    The examples ids of a Split as one right-padded batch: idx, at, y, label.
-
-    idx (B, T) tokens; at = (rows, columns), each (N,): the positions whose next token is a target; y (N,)
-    those targets; label (B,).
-    """
-    import torch  # here: it takes long to load, and preparing does without
-
-    length = max(data.offsets[i + 1] - data.offsets[i] for i in ids) - 1
-    idx, targets = np.zeros((len(ids), length), np.int64), np.full((len(ids), length), -1)
-    for row, i in enumerate(ids):
-        tokens, mask = (array[data.offsets[i]:data.offsets[i + 1]] for array in (data.tokens, data.mask))
-        idx[row, :len(tokens) - 1] = tokens[:-1]
-        targets[row, :len(tokens) - 1] = np.where(mask[1:], tokens[1:].astype(np.int64), -1)
-    at = (targets >= 0).nonzero()
-    label = data.labels[list(ids)].astype(np.int64)
-    idx, rows_, columns, y, label = (torch.from_numpy(z).to(device) for z in (idx, *at, targets[at], label))
-    return idx, (rows_, columns), y, label
-
-
-def batches_of_epoch(lengths, batch_size, n_micro, seed):
-    """
-    The example ids of one epoch, (steps, n_micro, batch_size / n_micro): of each step, for all ranks.
-
-    Shuffled, sorted by length within chunks of 50 batches, and cut: the examples of a step are of similar
-    length, so that there is little padding and no rank waits long for another. The rest that fills no
-    batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
-    """
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(lengths))
-    if len(order) < batch_size:
-        order = np.resize(order, batch_size)
-    order = order[:len(order) // batch_size * batch_size]
-    chunks = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
-    order = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
-    return rng.permutation(order.reshape(-1, batch_size)).reshape(-1, n_micro, batch_size // n_micro)
-
-
 # ---------------------------------------------------------------------------------- the command line
 USAGE = "python prepare_data.py {" + "|".join(TASKS) + "} [--option=value ...]"
 

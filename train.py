@@ -26,23 +26,24 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import diffusion
-from checkpoint import Log, check_same_run, load_path, load_trunk, open_out_dir, pair_from, save_run
-from configurator import UserError, at_least, configure, require, without_effect
+from batches import batch_of, batches_of_epoch, draw_noise, generator_for, load_fitting, steps_of_epoch
+from checkpoint import check_same_run, make_model, open_out_dir, pair_from, save_run
+from configurator import at_least, configure, require, without_effect
 from configurator import run as run_script
 from machine import StopSignals, compiles, pick_device, pick_dtype, ranks_of, use_kernels_for_training
-from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
-from prepare_data import batch_of, batches_of_epoch, load_manifest, load_split
+from model import PathConfig
+from prepare_data import load_manifest
+from progress import Log, report, stop_if_bad, validate
 
 
 @dataclass(frozen=True)
@@ -104,57 +105,7 @@ class Config(PathConfig):
                 f"{self.learning_rate}: the decay would be a rise; lower it")
 
 
-# ------------------------------------------------------------------------------------------------ data
-def load_fitting(config, split):
-    """A split of the data, checked to fit block_size."""
-    data = load_split(config.data_dir, split)
-    longest = int(np.diff(data.offsets).max())
-    if longest - 1 > config.block_size:
-        raise UserError(f"error: {config.data_dir}: the longest example of {split} has {longest} tokens, but "
-                        f"block_size={config.block_size}; raise it (no example is cut or dropped)")
-    return data
-
-
-def generator_for(device, *key):
-    """A generator that depends on the key alone: every step, micro-batch and rank draws its own numbers."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
-
-
-def draw_noise(config, model, label, n, generator):
-    """What one micro-batch of n targets draws: label (B,) after dropout, t (n,), x_0 (n, D), and None; or,
-    unrolled, T in place of t; or, without a path, the label alone."""
-    if model.path is None:
-        return label, None, None, None
-    t, x_0 = diffusion.draw(n, config, generator)
-    drop = torch.rand(len(label), generator=generator, device=label.device) < config.label_dropout
-    label = torch.where(drop, model.no_label, label)          # per example, not per position
-    if config.unroll:
-        return label, None, x_0, diffusion.draw_unroll(config.unroll, generator)
-    return label, t, x_0, None
-
-
-# ----------------------------------------------------------------------------------------------- model
-def make_model(config, manifest):
-    """The pair that config asks for, on the CPU in float32, its trunk frozen."""
-    if config.trunk == "scratch":
-        sizes = config.n_layer, config.n_head, config.n_embd
-        trunk = GPT(GPTConfig(config.block_size, manifest["n_vocab"], *sizes))
-    else:
-        trunk = load_trunk(config.trunk, manifest)
-        for name in ("n_layer", "n_head", "n_embd"):
-            asked, found = getattr(config, name), getattr(trunk.config, name)
-            require(asked in (getattr(Config, name), found), f"{name}={asked}, but the trunk {config.trunk} "
-                    f"has {found}; leave it out, or train one from scratch")
-    require(config.block_size <= trunk.config.block_size,
-            f"block_size={config.block_size} is beyond the trunk's {trunk.config.block_size} positions")
-    path_config = PathConfig(**{f.name: getattr(config, f.name) for f in fields(PathConfig)})
-    path = DiffusionPath(trunk, path_config, manifest["n_labels"]) if config.path_mode != "none" else None
-    if path and config.path_from:
-        load_path(path, config.path_from)
-    return L2D(trunk, path)
-
-
+# ------------------------------------------------------------------------------------------ what it learns
 class Loss(nn.Module):
     """Eq. 3 at each target, as diffusion.nll: what is compiled whole, and what DDP wraps."""
     def __init__(self, model):
@@ -184,36 +135,7 @@ def learning_rate(step, config):
     return config.learning_rate + (config.min_lr - config.learning_rate) * done
 
 
-# ------------------------------------------------------------------------------------------ evaluation
-N_BINS = 8
-
-
-@torch.no_grad()
-def evaluate(loss_of, data, config, ranks, autocast):
-    """Mean loss per target on the first eval_examples, without labels, as in sampling by default: of the
-    pair, in all and for each of N_BINS bins of t, and of the trunk. The noise is the same at every
-    evaluation."""
-    model, n = loss_of.model, min(config.eval_examples, len(data.labels))
-    sums = torch.zeros(3, N_BINS, dtype=torch.float64, device=ranks.device)  # targets, loss, the trunk's loss
-    for start in range(ranks.rank * 32, n, ranks.world * 32):
-        idx, at, y, label = batch_of(data, range(start, min(start + 32, n)), ranks.device)
-        generator = generator_for(ranks.device, 1, config.seed, start)
-        _, t, x_0, unroll = draw_noise(config, model, label, len(y), generator)
-        label = torch.full_like(label, model.no_label)
-        with autocast:
-            loss = trunk_loss = loss_of(idx, at, y, label, t, x_0, unroll)
-            if model.path:
-                trunk_logits = model.trunk.head(model.read(idx, at).h).float()
-                trunk_loss = F.cross_entropy(trunk_logits, y, reduction="none")
-        bins = (t * N_BINS).long() if t is not None else torch.zeros_like(y)
-        sums.index_add_(1, bins, torch.stack([torch.ones_like(loss), loss, trunk_loss]).double())
-    counts, losses, trunk_losses = ranks.sum(sums).tolist()
-    by_t = [round(loss / count, 4) if count else None for loss, count in zip(losses, counts)]
-    return {"val_loss": sum(losses) / sum(counts), "trunk_loss": sum(trunk_losses) / sum(counts),
-            "val_loss_by_t": by_t if model.path and not config.unroll else None}
-
-
-# ------------------------------------------------------------------------------------------------- run
+# ------------------------------------------------------------------------------------------------ the run
 @dataclass
 class Run:
     """What a training run is made of, and where it stands."""
@@ -278,49 +200,10 @@ def set_up(config, ranks):
     return run
 
 
-def steps_of_epoch(data, config):
-    return max(1, len(data.labels) // config.batch_size)
-
-
 def evaluate_and_save(run, config, ranks):
-    result = evaluate(run.loss_of, run.val, config, ranks, run.autocast)
-    loss = result["val_loss"]
-    kept = f"{config.out_dir}/last.pt holds step {run.saved}" if run.saved >= 0 else "Nothing was written"
-    require(math.isfinite(loss), f"the validation loss is {loss} at step {run.step}; lower learning_rate, or "
-            f"use another dtype. {kept}")
-    text = f"step {run.step}: validation loss {loss:.4f}"
-    if run.model.path:
-        text += f" (trunk {result['trunk_loss']:.4f})"
-    if result["val_loss_by_t"]:
-        text += "  by t " + " ".join("-" if x is None else f"{x:.3f}" for x in result["val_loss_by_t"])
-    ranks.say(text)
-    run.log(step=run.step, **result)
+    loss = validate(run, config, ranks)
     better, run.best = loss < run.best, min(loss, run.best)
     save_run(run, config, ranks, better)
-
-
-def report(run, config, ranks, loss_sum, norm, tokens, start):
-    """A line on the terminal, and one in the log. tokens: since start, a (time, step)."""
-    loss, norm, lr = ranks.sum(loss_sum).item(), norm.item(), learning_rate(run.step - 1, config)
-    seconds = time.time() - start[0]
-    eta = int(seconds / (run.step - start[1]) * (config.steps - run.step))
-    ranks.say(f"step {run.step}/{config.steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
-              f"{tokens / seconds:,.0f} target tokens/s  ETA {eta // 60}:{eta % 60:02d}")
-    run.log(step=run.step, loss=loss if math.isfinite(loss) else None, lr=lr, seconds=round(seconds, 1),
-            grad_norm=norm if math.isfinite(norm) else None, tokens_per_second=round(tokens / seconds))
-
-
-def stop_if_bad(in_a_row, t, losses, run, config):
-    """A user's error where several gradients in a row were not finite. None of these steps was taken."""
-    if in_a_row < (30 if run.scaler.is_enabled() else 5):     # float16's scaler begins with a few
-        return
-    bad = ~losses.detach().isfinite()
-    bins = sorted(set((t[bad] * N_BINS).long().tolist())) if t is not None else []
-    where = "its loss" if bad.any() else "the gradient of its loss"
-    at_t = " at t in " + ", ".join(f"[{b / N_BINS}, {(b + 1) / N_BINS}]" for b in bins) if bins else ""
-    raise UserError(f"error: step {run.step} and the {int(in_a_row) - 1} before: {where} is not finite"
-                    f"{at_t}. They changed nothing; {config.out_dir}/last.pt holds step {run.saved}. Lower "
-                    "learning_rate, or use another dtype")
 
 
 def train(config, ranks):

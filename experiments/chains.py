@@ -28,8 +28,10 @@ from typing import Literal
 import torch
 
 import diffusion
+from batches import draw_unroll
 from configurator import UserError, configure, run
-from diffusion import Denoiser, Sampler, Tables, predict, teacher_forced
+from denoiser import Denoiser, Tables
+from diffusion import Sampler, predict, teacher_forced
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
 from report import commit, mcnemar, pyplot
 
@@ -129,7 +131,7 @@ def train(model, method, seed):
             label, x_0, unroll = torch.full((size,), model.no_label), None, None
             if model.path:
                 x_0 = diffusion.draw(len(y), PATH, generator)[1]
-                unroll = diffusion.draw_unroll(most_calls, generator)
+                unroll = draw_unroll(most_calls, generator)
             loss = diffusion.nll(model, idx, at, y, label, None, x_0, unroll).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)

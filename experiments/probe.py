@@ -9,9 +9,10 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from batches import batch_of
 from checkpoint import load
 from diffusion import noise
-from prepare_data import batch_of, load_split
+from prepare_data import load_split
 
 TIMES = (0.5, 0.75, 0.875, 0.9375, 0.99, 1.0)
 

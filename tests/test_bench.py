@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import memory
+from batches import batch_of
 from bench import SIZES, Config, cost_of_a_pass, flops_of, least_seconds, parameters, random_batch, write
 from configurator import UserError
 from decode import Decoding
 from measure import alternate, attention_of, passes_of
 from memory import MODES, Meter, Trainee, random_pair, step_bytes
 from model import Context, PathConfig
-from prepare_data import batch_of
 
 CPU, FLOAT, TINY = torch.device("cpu"), torch.float32, SIZES["tiny"]
 

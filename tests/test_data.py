@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
+from batches import batch_of, batches_of_epoch
 from configurator import UserError
-from prepare_data import batch_of, batches_of_epoch, load_manifest, load_split, main
+from prepare_data import load_manifest, load_split, main
 from tokens import PROMPT, encode_question, fingerprint, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

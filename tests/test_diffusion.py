@@ -10,16 +10,14 @@ import torch.nn.functional as F
 from helpers import EOT, ROOT, WILD, Naive, error_of, generator, says, wild_pair
 
 import diffusion
+from batches import draw_unroll
 from decode import Decoding
+from denoiser import Denoiser, Tables, choose
 from diffusion import (
-    Denoiser,
     Sampler,
-    Tables,
     adaptive,
     algorithm_1,
-    choose,
     draw,
-    draw_unroll,
     nll,
     noise,
     teacher_forced,

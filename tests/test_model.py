@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from helpers import error_of, everywhere, generator, says, tokens
 
 from diffusion import draw, nll
-from model import GPT, GPT2_SIZES, L2D, DiffusionPath, GPTConfig, PathConfig, scale_input, time_features
+from gpt2_weights import GPT2_SIZES
+from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig, scale_input, time_features
 
 TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=3, n_head=3, n_embd=24)
 SMALL_PATH = dict(x_dim=16, t_dim=20, sigma=4.0, lora_rank=4, lora_alpha=8.0)

@@ -23,12 +23,14 @@ from helpers import (
 )
 
 import prepare_data
+import progress
 import sample
 import train
+from batches import batch_of, batches_of_epoch
 from checkpoint import load_checkpoint, load_trunk, pair_from
 from configurator import UserError, configure
 from model import GPT, GPTConfig, LoRALinear
-from prepare_data import batch_of, batches_of_epoch, load_manifest, load_split
+from prepare_data import load_manifest, load_split
 
 MODES = [("frozen", "full"), ("frozen", "lora"), ("lora", "none"), ("lora", "full"), ("lora", "lora"),
          ("full", "none"), ("full", "full"), ("full", "lora")]
@@ -296,7 +298,7 @@ def test_noise_differs_at_every_position_of_every_micro_batch(options, monkeypat
     def three_steps(seed):
         drawn.clear()
         run_of(3, options, grad_accum=4, seed=seed)
-        mine = drawn[1:]                                          # the first is the evaluation's
+        mine = list(drawn)
         return [t.clone() for _, t, _, _ in mine], torch.cat([x_0 for _, _, x_0, _ in mine])
     ts, x_0 = three_steps(0)
     assert len(ts) == 12
@@ -643,7 +645,7 @@ def test_evaluation_is_the_mean_over_targets_in_each_bin_of_t(options, l2d):
     c = config(**options | dict(eval_examples=70))                # three batches, the last not full
     model = pair_from(load_checkpoint(l2d / "last.pt"), "l2d").requires_grad_(False)
     data, loss_of = load_split(options["data_dir"], "val"), train.Loss(model)
-    call = lambda ranks: train.evaluate(loss_of, data, c, ranks, nullcontext())  # noqa: E731
+    call = lambda ranks: progress.evaluate(loss_of, data, c, ranks, nullcontext())  # noqa: E731
     alone, (bins, trunk_losses) = call(OneOf(0, 1)), one_by_one(model, data, range(70), c)
     assert alone["trunk_loss"] == pytest.approx(np.mean(trunk_losses), rel=1e-5)
     assert alone["val_loss"] == pytest.approx(np.mean(sum(bins, [])), rel=1e-5)
@@ -691,8 +693,8 @@ def test_metrics_hold_a_line_for_every_report_and_evaluation(options):
 
 def test_best_is_the_best(options, monkeypatch):
     """best.pt stays at the lowest validation loss while last.pt goes on."""
-    fake, evaluate = iter([3.0, 2.0, 2.5, 2.2]), train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(fake)})
+    fake, evaluate = iter([3.0, 2.0, 2.5, 2.2]), progress.evaluate
+    monkeypatch.setattr(progress, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(fake)})
     train.main(argv(**options, steps=6, eval_every=2))
     best, last = (load_checkpoint(options["out_dir"] / f"{name}.pt") for name in ("best", "last"))
     assert (best["step"], best["best"], last["step"], last["best"]) == (2, 2.0, 6, 2.0)

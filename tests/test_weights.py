@@ -20,8 +20,8 @@ import files
 import model
 from checkpoint import pretrained_trunk
 from configurator import UserError
-from gpt2_weights import load_gpt2, read_safetensors
-from model import GPT, GPT2_SIZES, GPTConfig
+from gpt2_weights import GPT2_SIZES, load_gpt2, read_safetensors
+from model import GPT, GPTConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=3, n_head=3, n_embd=24)
 

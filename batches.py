@@ -1,0 +1,84 @@
+"""
+What a training step is given: examples as padded batches, and the label, time and noise that it draws.
+"""
+import numpy as np
+import torch
+
+from configurator import UserError
+from diffusion import draw
+from prepare_data import load_split
+
+
+def load_fitting(config, split):
+    """A split of the data, checked to fit block_size."""
+    data = load_split(config.data_dir, split)
+    longest = int(np.diff(data.offsets).max())
+    if longest - 1 > config.block_size:
+        raise UserError(f"error: {config.data_dir}: the longest example of {split} has {longest} tokens, but "
+                        f"block_size={config.block_size}; raise it (no example is cut or dropped)")
+    return data
+
+
+def batch_of(data, ids, device):
+    """
+    The examples ids of a Split as one right-padded batch: idx, at, y, label.
+
+    idx (B, T) tokens; at = (rows, columns), each (N,): the positions whose next token is a target; y (N,)
+    those targets; label (B,).
+    """
+    length = max(data.offsets[i + 1] - data.offsets[i] for i in ids) - 1
+    idx, targets = np.zeros((len(ids), length), np.int64), np.full((len(ids), length), -1)
+    for row, i in enumerate(ids):
+        tokens, mask = (array[data.offsets[i]:data.offsets[i + 1]] for array in (data.tokens, data.mask))
+        idx[row, :len(tokens) - 1] = tokens[:-1]
+        targets[row, :len(tokens) - 1] = np.where(mask[1:], tokens[1:].astype(np.int64), -1)
+    at = (targets >= 0).nonzero()
+    label = data.labels[list(ids)].astype(np.int64)
+    idx, rows_, columns, y, label = (torch.from_numpy(z).to(device) for z in (idx, *at, targets[at], label))
+    return idx, (rows_, columns), y, label
+
+
+def steps_of_epoch(data, config):
+    return max(1, len(data.labels) // config.batch_size)
+
+
+def batches_of_epoch(lengths, batch_size, n_micro, seed):
+    """
+    The example ids of one epoch, (steps, n_micro, batch_size / n_micro): of each step, for all ranks.
+
+    Shuffled, sorted by length within chunks of 50 batches, and cut: the examples of a step are of similar
+    length, so that there is little padding and no rank waits long for another. The rest that fills no
+    batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    if len(order) < batch_size:
+        order = np.resize(order, batch_size)
+    order = order[:len(order) // batch_size * batch_size]
+    chunks = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
+    order = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
+    return rng.permutation(order.reshape(-1, batch_size)).reshape(-1, n_micro, batch_size // n_micro)
+
+
+def generator_for(device, *key):
+    """A generator that depends on the key alone: every step, micro-batch and rank draws its own numbers."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+
+
+def draw_unroll(most_calls, generator):
+    """T of one unrolled pass: 1 to most_calls path calls, uniform in the logarithm, and the trunk's."""
+    return 1 + int((most_calls + 1) ** torch.rand((), generator=generator, device=generator.device))
+
+
+def draw_noise(config, model, label, n, generator):
+    """What one micro-batch of n targets draws: label (B,) after dropout, t (n,), x_0 (n, D), and None; or,
+    unrolled, T in place of t; or, without a path, the label alone."""
+    if model.path is None:
+        return label, None, None, None
+    t, x_0 = draw(n, config, generator)
+    drop = torch.rand(len(label), generator=generator, device=label.device) < config.label_dropout
+    label = torch.where(drop, model.no_label, label)          # per example, not per position
+    if config.unroll:
+        return label, None, x_0, draw_unroll(config.unroll, generator)
+    return label, t, x_0, None
