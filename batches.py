@@ -20,8 +20,7 @@ def load_fitting(config, split):
 
 
 def batch_of(data, ids, device):
-    """
-    The examples ids of a Split as one right-padded batch: idx, at, y, label.
+    """The examples ids of a Split as one right-padded batch: idx, at, y, label.
 
     idx (B, T) tokens; at = (rows, columns), each (N,): the positions whose next token is a target; y (N,)
     those targets; label (B,).
@@ -43,12 +42,11 @@ def steps_of_epoch(data, config):
 
 
 def batches_of_epoch(lengths, batch_size, n_micro, seed):
-    """
-    The example ids of one epoch, (steps, n_micro, batch_size / n_micro): of each step, for all ranks.
+    """The example ids of one epoch, (steps, n_micro, batch_size / n_micro): of each step, for all ranks.
 
     Shuffled, sorted by length within chunks of 50 batches, and cut: the examples of a step are of similar
-    length, so that there is little padding and no rank waits long for another. The rest that fills no
-    batch waits for another epoch's shuffle; data smaller than a batch is repeated to fill one.
+    length, so that there is little padding and no rank waits long for another. What fills no
+    batch is left out until the next epoch's shuffle; data smaller than a batch is repeated to fill one.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))

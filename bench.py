@@ -150,7 +150,7 @@ def changed(share, ids, config):
 
     def refine_and_change(*args):
         y, f = refine(*args)
-        return torch.where(f.u[:, 0] < least, (y + 1) % f.last.size(1), y), f
+        return torch.where(f.u[:, 0] < least, (y + 1) % f.latest.size(1), y), f
     decode.refine = refine_and_change
     try:
         yield
@@ -325,7 +325,7 @@ def main(argv=None):
     config = configure(Config, argv, __doc__)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    write_file(config.out, lambda file: file.write(b"{}"))               # rather now than after the work
+    write_file(config.out, lambda file: file.write(b"{}"))               # fail now, not after the work
     counted = parameters(SIZES[config.model], PathConfig())
     print(f"{config.model}: " + ", ".join(f"{name} {n:,}" for name, n in counted.items()), flush=True)
     result = {"config": asdict(config), "threads": torch.get_num_threads(), "parameters": counted}

@@ -42,8 +42,7 @@ def discard_output():
 
 
 def run(main):
-    """
-    Run a script's main, and end as a program should: a closed pipe quietly, Ctrl-C and SIGTERM with
+    """Run a script's main, and end as a program should: a closed pipe quietly, Ctrl-C and SIGTERM with
     one line and status 130 and 143, a full disk or an unreadable file with a line that names it. What
     the terminal cannot encode is replaced.
     """
@@ -89,8 +88,7 @@ def without_effect(config, needs, holds, *names):
 
 
 def configure(cls, argv=None, usage=""):
-    """
-    The instance of the dataclass `cls` that the command line `argv` (default: sys.argv[1:]) asks for.
+    """The instance of the dataclass `cls` that the command line `argv` (default: sys.argv[1:]) asks for.
 
     `--help` prints `usage` and every field, then exits with 0. Raises UserError for any mistake;
     `cls.__post_init__` may raise it too, for combinations that cannot work.

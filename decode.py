@@ -8,10 +8,10 @@ drafted ones, and the first that differs. K = 1 is Algorithm 1 token by token.
 
 Why the text is the same for every K. A path call at position k reads x_t of k, the trunk's keys and values at
 positions <= k, and nothing else. The noise and the uniform numbers of a position are fixed by (seed, row,
-position). So a prediction depends on the tokens before it alone, and every token kept had the right ones
-before it. What is wasted: trunk passes and path calls behind the first token that differs. What is gained:
-the path reads its weights once for K positions. It is speculative decoding (Leviathan et al. 2023) whose
-draft model is the trunk itself, whose passes over the tokens kept were needed anyway.
+position), and by max_new_tokens. So a prediction depends on the tokens before it alone, and every token kept
+had the right ones before it. What is wasted: trunk passes and path calls behind the first token that differs.
+What is gained: the path reads its weights once for K positions. It is speculative decoding (Leviathan et al.
+2023) whose draft model is the trunk itself, whose passes over the tokens kept were needed anyway.
 """
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -33,7 +33,7 @@ HALF = 32               # a pass over n positions takes about as long as 1 + n /
 class Decoding(Sampler):
     # how a text is written
     max_new_tokens: int = 320
-    draft: int = 16                 # tokens that the trunk drafts in a round, at most; 0 = none
+    draft: int = 16                 # tokens the trunk drafts in a round, at most; 0 = none (deviation 14)
     seed: int = 0
 
     def __post_init__(self):
@@ -79,15 +79,15 @@ class Rows:
             self.cache = [tuple(F.pad(z, (0, 0, 0, S + 7 - z.size(2))) for z in pair) for pair in self.cache]
 
     def keys(self, ahead, n_columns):
-        """kv, and mask (B, 1, n_columns, S) or None, of queries at position + ahead and on."""
+        """kv (views), and mask (B, 1, n_columns, S) or None, of queries at position + ahead and on."""
         S = max(self.positions) + ahead + n_columns
         kv = [(k[:, :, :S], v[:, :, :S]) for k, v in self.cache]
         if n_columns == 1 and min(self.positions) == max(self.positions):  # every row sees all S keys
             return kv, None
-        pos = self.steps_from(self.positions, n_columns) + ahead
+        pos = self.count_from(self.positions, n_columns) + ahead
         return kv, (torch.arange(S, device=pos.device) <= pos[:, :, None])[:, None]
 
-    def steps_from(self, first, K):
+    def count_from(self, first, K):
         """first, first + 1, ..., K numbers for each row: (B, K)."""
         device = self.token.device
         return torch.tensor(first, device=device)[:, None] + torch.arange(K, device=device)
@@ -134,12 +134,12 @@ def read_prompts(model, prompts, config, label, ids):
 def write_draft(model, rows, K, eot, config):
     """A Draft of K tokens by plain decoding. Their keys and values are written into the cache."""
     token, h, columns = rows.token, rows.h, []
-    pos, n = rows.steps_from(rows.positions, K), rows.steps_from([o.predicted for o in rows.out], K)
+    pos, n = rows.count_from(rows.positions, K), rows.count_from([o.predicted for o in rows.out], K)
     beyond, n = n >= config.max_new_tokens, n.clamp(max=config.max_new_tokens - 1)
     u = rows.u[:, :, 0].gather(1, n)
     for j in range(K):
         if h is None:
-            h = model.trunk(token[:, None], pos[:, j:j + 1], *rows.keys(j, 1))[0][:, 0]  # (B, C)
+            h = model.trunk(token[:, None], pos[:, j:j + 1], *rows.keys(j, 1))[0][:, 0]  # fills the cache
         logits = model.trunk.head(h).float()                      # (B, V_size)
         y = choose(logits, u[:, j], config.temperature, config.top_k)
         columns.append((y, logits, token, h))
@@ -209,8 +209,8 @@ def generate(model, prompts, eot, config, label=None, ids=None, trace=False):
 
     prompts: B non-empty lists of token ids, of any lengths; eot: the id that ends a text; config: a Decoding;
     label: B guidance labels, or None for none; ids: B integers, 0..B-1 by default: the randomness of row i
-    depends on (config.seed, ids[i]) alone. A row is cut where block_size is reached. Rows that have ended
-    leave the batch. Returns B Generated; with trace, each says how its guesses changed.
+    depends on (seed, ids[i], max_new_tokens) alone. A row is cut where block_size is reached. Rows that have
+    ended leave the batch. Returns B Generated; with trace, each says how its guesses changed.
     """
     assert model.path is not None or config.steps == 1, "without a path there is only steps = 1"
     B, block_size = len(prompts), model.trunk.config.block_size

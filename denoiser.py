@@ -1,7 +1,7 @@
 """
 What Algorithm 1 asks of the pair: f(x_t, t, c) at N positions, and the guess x_1_hat that moves x_t.
 
-A plain reading may skip this file. Here are guidance, the stop rule, the count of path calls, the trace, and
+Read x_1_hat and path_call. The rest may be skipped: the stop rule, the count of path calls, the trace, and
 what is computed once for all tokens. Symbols and shapes are those of model.py.
 """
 import torch
@@ -45,28 +45,28 @@ class Denoiser:
     steps + 1): uniform numbers for sampled guesses. last: the trunk's logits, if known. trace: keep, for each
     position, a list of (t, guess, probability) of its evaluations.
     """
-    def __init__(self, model, sampler, tables, c, label, x_0, u=None, last=None, trace=False):
+    def __init__(self, model, sampler, tables, c, label, x_0, u=None, trunk_logits=None, trace=False):
         self.model, self.sampler, self.tables = model, sampler, tables
         self.c, self.label, self.x_0, self.u = c, label, x_0, u
         self.nfe = torch.zeros_like(c.pos)
         self.running = torch.ones_like(c.pos, dtype=torch.bool)
         self.trace = [[] for _ in c.pos] if trace else None
         self.n_evaluations = 1
-        self.last = (model.trunk.head(c.h) if last is None else last).float()
-        self.guess = self.best(self.last)
+        self.latest = (model.trunk.head(c.h) if trunk_logits is None else trunk_logits).float()
+        self.guess = self.best(self.latest)
         self.write_trace(0.0)
 
     def logits(self, x_t, t):
         """f(x_t, t, c), (N, V_size), at the time t."""
         self.evaluate(x_t, t)
-        return self.last
+        return self.latest
 
     def x_1_hat(self, x_t, t, where=None):
         """The guess at (x_t, t), (N, D): V_y of one token y, or the mean over all. With guidance w, Eq. 7
         (deviation 8): w x_1_hat(label) + (1 - w) x_1_hat(no label), two path calls."""
         before, w = self.guess, self.sampler.guidance
         i = self.evaluate(x_t, t, where)
-        x_1_hat = self.embed(self.last, self.guess)
+        x_1_hat = self.embed(self.latest, self.guess)
         if w != 1 and i is not None:
             free = self.path_call(x_t, t, i, torch.full_like(self.label, self.model.no_label))
             x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(free, self.best(free, i))
@@ -97,9 +97,9 @@ class Denoiser:
         last = self.path_call(x_t, t, i, self.label)
         guess = self.best(last, i)
         if isinstance(i, slice):
-            self.last, self.guess = last, guess
+            self.latest, self.guess = last, guess
         else:
-            self.last[i], self.guess = last, self.guess.index_put((i,), guess)  # x_1_hat keeps the old guess
+            self.latest[i], self.guess = last, self.guess.index_put((i,), guess)  # x_1_hat has the old
         self.write_trace(t, i)
         return i
 
@@ -132,6 +132,6 @@ class Denoiser:
 
     def write_trace(self, t, i=slice(None)):
         if self.trace is not None:
-            p, t = probability(self.last, self.guess), torch.as_tensor(t).expand(len(self.guess))
+            p, t = probability(self.latest, self.guess), torch.as_tensor(t).expand(len(self.guess))
             for n in torch.arange(len(p))[i].tolist():
                 self.trace[n].append((t[n].item(), self.guess[n].item(), p[n].item()))

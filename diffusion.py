@@ -1,15 +1,17 @@
 """
 The diffusion of L2D: noising, loss, velocity, solvers and Algorithm 1, as functions on tensors.
 
-    Time runs from t = 0, pure noise, to t = 1, data.    x_t = t x_1 + (1 - t) x_0
+Time runs from t = 0, pure noise, to t = 1, data. A language model predicts the next token from its context c
+alone; L2D reads that as one evaluation at t = 0, and goes on. With Euler's steps, T evaluations are
 
-A language model predicts the next token from its context c alone. L2D reads that as one step of diffusion,
-taken at t = 0, where x_t is noise. It goes on: the guess moves x_t towards the guessed token's embedding, and
-the path predicts again, from x_t too. T, the option `steps`, counts the evaluations for one token, the first
-included.
+    x_t = sigma * torch.randn(N, D)
+    logits = trunk.head(c.h)                                # T = 1: the untouched model
+    for a, b in pairwise(times):                            # 0, 1/T, ..., (T - 1)/T
+        x_1_hat = V[logits.argmax(-1)]                      # the guess, a point of the token space
+        x_t = x_t + (b - a) * (x_1_hat - x_t) / (1 - a)     # Eq. 4: a step towards it
+        logits = pair(x_t, b, c)                            # Eq. 6: a path call
 
-Symbols and shapes are those of model.py, but T; "Eq." is the paper's. x_1_hat (N, D) is the guess at x_1.
-Read noise, nll, velocity, algorithm_1 first.
+Symbols are those of model.py, except T: evaluations of one token, the option `steps`. "Eq." is the paper's.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -36,24 +38,24 @@ def draw(n, path_config, generator):
     return t, path_config.sigma * x_0
 
 
-def nll(model, idx, at, y, label, t=None, x_0=None, unroll=None):
+def nll(model, idx, at, y, label, t=None, x_0=None, T=None):
     """Eq. 3: -log f(x_t, t, c)_y at each target, float32 (N,). The caller sums and weighs.
 
     idx (B, length) tokens; at = (rows, columns), each (N,): where the targets are predicted; y (N,) the
-    targets; label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. unroll = T, in place of t: x_t
-    comes not from the truth but from the model's own mean guesses, by Algorithm 1 with T evaluations of the
-    solver fixed_point, and the gradient goes through all of them (deviation 12). Without a path: plain
+    targets; label (B,) guidance labels; t (N,) and x_0 (N, D) as from draw. T, in place of t: x_t comes not
+    from the truth but from the model's own mean guesses, by Algorithm 1 with T evaluations of the solver
+    fixed_point, and the gradient goes through all of them (deviation 12). Without a path: plain
     cross-entropy of the trunk.
     """
     c = model.read(idx, at)
     if model.path is None:
         logits = model.trunk.head(c.h)
-    elif unroll is None:
+    elif T is None:
         x_1 = model.embed(y)                                      # (N, D)
         x_t = noise(x_1, x_0, t)
         logits = model(x_t, t, c, label[at[0]])                   # (N, V_size)
     else:
-        sampler = Sampler(steps=unroll, solver="fixed_point", guess="mean")
+        sampler = Sampler(steps=T, solver="fixed_point", guess="mean")
         logits = predict(Denoiser(model, sampler, Tables(model), c, label[at[0]], x_0))
     return F.cross_entropy(logits.float(), y, reduction="none")
 
@@ -104,7 +106,7 @@ def time_grid(n, t_end, t_hold=0.0):
     return [0.0] + [t_hold if t_hold and i < n else t_end * (i / n) for i in range(1, n + 1)]
 
 
-def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
+def adaptive(x_1_hat, x, steps, tol, t_end):
     """Euler's steps, of sizes chosen by Heun's error estimate, for each position on its own (deviation 7).
 
     From (x, t) with slope v, the trial x' = x + dt v is evaluated at t + dt, which gives the slope v' there.
@@ -116,7 +118,7 @@ def adaptive(x_1_hat, x, steps, tol, t_end, first_step=0.25):
     stands.
     """
     t = torch.zeros(len(x), device=x.device)
-    dt = torch.full_like(t, first_step)
+    dt = torch.full_like(t, 0.25)
     where = torch.ones_like(t, dtype=torch.bool)
     v = velocity(x, t, x_1_hat(x, 0.0, where))
     for _ in range(steps - 1):
@@ -146,15 +148,15 @@ SOLVERS = {"euler": (euler_step, 1), "midpoint": (midpoint_step, 2), "heun": (he
 def algorithm_1(f, x_0, times, step=euler_step):
     """Algorithm 1 of the paper, for N tokens at once: logits (N, V_size) of the last of T evaluations.
 
-    f: a Denoiser. x_0 (N, D) ~ N(0, sigma^2 I). times: 0 = t_1 < ... < t_T; T = 1 is plain decoding. step:
-    the solver, which may ask for a second evaluation between two times. Training with --unroll runs this.
+    f: a Denoiser. x_0 (N, D) ~ N(0, sigma^2 I). times: from 0, never falling; [0] is T = 1, plain decoding.
+    step: the solver, one or two evaluations from one time to the next. Training with --unroll runs this.
     """
     def dx(x_t, t):
         x_1_hat = f.x_1_hat(x_t, t)                           # V_y of the guess y, given x_t and c
         return velocity(x_t, t, x_1_hat)                      # Eq. 4
 
     x_t = x_0                                                 # noise
-    for a, b in pairwise(times):                              # T - 1 times: a step of the ODE
+    for a, b in pairwise(times):                              # Euler: T - 1 steps of the ODE
         x_t = step(dx, x_t, a, b)
     return f.logits(x_t, times[-1])                           # the token is chosen from these
 
@@ -163,12 +165,12 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal[tuple(SOLVERS)] = "euler"  # adaptive takes at most `steps` evaluations
-    t_end: float = 0.0              # time of the last; 0 = 1 - 1/T, at most 15/16; fixed_point: 0.9
+    solver: Literal[tuple(SOLVERS)] = "euler"  # (deviation 10); adaptive: at most `steps` evaluations
+    t_end: float = 0.0              # time of the last evaluation; 0: 1 - 1/T, at most 15/16; fixed_point: 0.9
     t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0 = even up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # a token is done at |x_1_hat - m| <= stop sqrt(D), see distance; 0 = off
+    stop: float = 0.0               # done: the guess repeats, within stop sqrt(D) of the mean so far; 0 = off
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
@@ -205,7 +207,7 @@ class Sampler:
             step = partial(step, x_0=x_0, weight=self.weight)
             return time_grid(n, self.last_time(), self.t_hold), step
 
-        def euler_first(dx, x, a, b):                         # one evaluation is over
+        def euler_first(dx, x, a, b):                         # one evaluation is left over: an Euler step
             return euler_step(dx, x, a, b) if a == 0 else step(dx, x, a, b)
         return time_grid(n + odd, self.last_time()), euler_first if odd else step
 
@@ -215,7 +217,7 @@ def predict(f):
     s = f.sampler
     if s.solver == "adaptive" and s.steps > 1:
         adaptive(f.x_1_hat, f.x_0, s.steps, s.tol, s.last_time())
-        return f.last
+        return f.latest
     return algorithm_1(f, f.x_0, *s.plan(f.x_0))
 
 

@@ -31,12 +31,13 @@ from files import write_file
 from machine import pick_device, ranks_of
 from packed import pack
 from prepare_data import Split, encode_split, load_manifest, load_split
-from sample import check
+from sample import label_of
 from tasks import TASKS, allow_code, few_shot
 
 
 @dataclass(frozen=True)
 class Config(Decoding):
+    # how a token is predicted
     steps: str = "1,2,4,8,16"       # numbers of steps to compare
     # what to evaluate, on what
     out_dir: str = "out/l2d_gsm8k"  # of train.py
@@ -46,7 +47,7 @@ class Config(Decoding):
     limit: int = 0                  # evaluate the first `limit` problems only; 0 = all
     label: str = ""                 # guidance label of every problem, by name; empty = none
     use_label: bool = False         # give every problem its own label (the right one)
-    shots: int = 0                  # worked examples before each problem
+    shots: int = 0                  # worked examples before each problem (deviation 11)
     votes: int = 1                  # answers sampled per problem; the most frequent one counts
     samples: int = 1                # answers sampled per problem; each counts: pass@1 to pass@samples
     run_code: bool = False          # run the code that the model writes, where scoring needs it, in a sandbox
@@ -131,7 +132,7 @@ def labels_of(config, model, checkpoint, manifest, problems):
     if not config.use_label:
         asked = SimpleNamespace(out_dir=config.out_dir, label=config.label, guidance=1.0,
                                 steps=max(decoding.steps for decoding in config.decodings()))
-        return [check(asked, model, checkpoint)] * len(problems)
+        return [label_of(asked, model, checkpoint)] * len(problems)
     wanted = [p.label if manifest["label_names"] == names else TASKS[p.task].group for p in problems]
     if strange := set(wanted) - set(names if has_path else ()):
         known = ", ".join(names) if has_path else "none, for want of a path"
@@ -142,8 +143,7 @@ def labels_of(config, model, checkpoint, manifest, problems):
 
 # ------------------------------------------------------------------------------------------------ show
 def show_change(exam, decoding, records):
-    """
-    Of the problems that the first number of steps gets wrong and the last right, print the one with the
+    """Of the problems that the first number of steps gets wrong and the last right, print the one with the
     shortest answer, both answers, and how each token of the last came about. records: {steps: the answers}.
     """
     (few, first), *_, (many, last) = records.items()

@@ -79,8 +79,7 @@ def append(path, records):
 
 
 def answer(exam, decoding, ids):
-    """
-    The scored answers of some problems, as dicts.
+    """The scored answers of some problems, as dicts.
 
     strict, flexible and well_formed count samples; with votes = k the majority of k samples counts as one.
     Tokens, path calls and seconds are summed over samples. A problem that does not fit is wrong.
@@ -112,8 +111,7 @@ def answer(exam, decoding, ids):
 
 
 def answers(exam, decoding, path):
-    """
-    The scored answers of all n problems, dicts in order.
+    """The scored answers of all n problems, dicts in order.
 
     Those in path are kept; the others are added to it as they come. A rank has every world-th problem, in the
     order of their lengths, whatever is there already. Raises UserError where answers are missing in the end.
@@ -179,8 +177,7 @@ def of_true_answers(exam, decoding, equals, digits):
 
 
 def of_choices(exam, decoding):
-    """
-    Which problems have the right choice as the likeliest next token; the mean -log p of the right choice.
+    """Which problems have the right choice as the likeliest next token; the mean -log p of the right choice.
 
     Returns [0 or 1] of the problems with choices, in order, those that do not fit being wrong; and the mean
     over those that fit, p being a distribution over the choices alone.

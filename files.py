@@ -18,8 +18,7 @@ SAY_EVERY = 5.0                      # seconds between two lines about a downloa
 
 
 def write_file(path, write):
-    """
-    Calls write(file), file binary, and puts what it wrote to path: whole, and on the disk, or not at all.
+    """Calls write(file), file binary, and puts what it wrote to path: whole, and on the disk, or not at all.
 
     Makes the folder. Raises UserError, naming path and reason, where that cannot be done.
     """
@@ -94,8 +93,7 @@ def mismatch(path, size, sha256):
 
 
 def download(url, path, size=None, sha256=None):
-    """
-    Puts the file at url to path, and returns path. A file that is there and has the expected size and
+    """Puts the file at url to path, and returns path. A file that is there and has the expected size and
     sha256 is kept; else bytes go to path.part, which a later call continues, and which is renamed to
     path only once verified. Raises UserError, naming url and path, if that cannot be done.
     """

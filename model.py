@@ -7,9 +7,9 @@ predict, attends to the trunk's keys and values, and is added to the trunk once,
 head. diffusion.py says where x_t comes from.
 
 Shapes and symbols, here and in diffusion.py:
-    B, T    batch, sequence length (T elsewhere:   C, L, H  n_embd, n_layer, n_head
-            evaluations of one token, `steps`)
-    S       keys that a query may look at          V_size   vocabulary
+    B, T    batch, sequence length (in diffusion.py T is the evaluations of one token)
+    C, L, H n_embd, n_layer, n_head                V_size   vocabulary
+    S       keys that a query may look at
     N       positions at which a token is predicted, flat: in training the targets of a batch, in decoding
             one or more positions of each row
     D       x_dim, size of the token space         V        (V_size, D), the table of Eq. 5
@@ -198,7 +198,7 @@ class GPT(nn.Module):
 @dataclass(frozen=True)
 class PathConfig:
     # the diffusion path
-    path_mode: Literal["none", "lora", "full"] = "full"  # a LoRA on the trunk, or a copy of it
+    path_mode: Literal["none", "lora", "full"] = "full"  # the trunk's weights and a LoRA, or a copy
     lora_rank: int = 32             # of the path's LoRA, and of the trunk's
     lora_alpha: float = 32.0
     x_dim: int = 256                # D, size of the token space
@@ -265,7 +265,7 @@ class PathBlock(nn.Module):
             self.c_q, self.c_proj = lora(attn.c_attn, n_out=C), lora(attn.c_proj)
             self.mlp = MLP(lora(mlp.c_fc), lora(mlp.c_proj))
         self.modulation = two_layers(config.t_dim, config.t_dim, 6 * C, zero=True)
-        with torch.no_grad():                                     # thirds of 2C: weights, biases, gates
+        with torch.no_grad():                                     # weight, bias, gate of each norm: rows of C
             self.modulation[2].bias.view(6, C)[[2, 5]] = config.gate_init
 
     def modulate(self, emb):
@@ -278,13 +278,9 @@ class PathBlock(nn.Module):
     def forward(self, h, modulation, kv, at, mask):
         """h (N, C); modulation (N, 6C) or (1, 6C) from modulate; kv, at, mask as in Context."""
         weight_1, bias_1, gate_1, weight_2, bias_2, gate_2 = modulation.chunk(6, dim=-1)
-        q = self.c_q(norm(h) * weight_1 + bias_1)                 # (N, C)
+        q = self.c_q(F.layer_norm(h, h.shape[-1:]) * weight_1 + bias_1)  # (N, C)
         h = h + gate_1 * self.c_proj(attend_at(q, *kv, at, mask))
-        return h + gate_2 * self.mlp(norm(h) * weight_2 + bias_2)
-
-
-def norm(h):
-    return F.layer_norm(h, h.shape[-1:])
+        return h + gate_2 * self.mlp(F.layer_norm(h, h.shape[-1:]) * weight_2 + bias_2)
 
 
 def attend_at(q, k, v, at, mask):
@@ -383,7 +379,7 @@ class Context(NamedTuple):
 class L2D(nn.Module):
     """Trunk and path. The trunk is frozen here; a control unfreezes it: model.trunk.requires_grad_(True).
 
-    path = None is the trunk alone. Attribute no_label is the label that means none.
+    path = None is the trunk alone. no_label: the number of the label that means none.
     """
     def __init__(self, trunk, path=None):
         super().__init__()

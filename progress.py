@@ -18,7 +18,7 @@ N_BINS = 8                          # of t
 
 
 @torch.no_grad()
-def evaluate(loss_of, data, config, ranks, autocast):
+def validation_loss(loss_of, data, config, ranks, autocast):
     """Mean loss per target on the first eval_examples, without labels, as in sampling by default: of the
     pair, in all and for each of N_BINS bins of t, and of the trunk. The noise is the same at every
     evaluation."""
@@ -27,10 +27,10 @@ def evaluate(loss_of, data, config, ranks, autocast):
     for start in range(ranks.rank * 32, n, ranks.world * 32):
         idx, at, y, label = batch_of(data, range(start, min(start + 32, n)), ranks.device)
         generator = generator_for(ranks.device, 1, config.seed, start)
-        _, t, x_0, unroll = draw_noise(config, model, label, len(y), generator)
+        _, t, x_0, T = draw_noise(config, model, label, len(y), generator)
         label = torch.full_like(label, model.no_label)
         with autocast:
-            loss = trunk_loss = loss_of(idx, at, y, label, t, x_0, unroll)
+            loss = trunk_loss = loss_of(idx, at, y, label, t, x_0, T)
             if model.path:
                 trunk_logits = model.trunk.head(model.read(idx, at).h).float()
                 trunk_loss = F.cross_entropy(trunk_logits, y, reduction="none")
@@ -44,7 +44,7 @@ def evaluate(loss_of, data, config, ranks, autocast):
 
 def validate(run, config, ranks):
     """Evaluate, print and log; the loss. Raises UserError where it is not finite."""
-    result = evaluate(run.loss_of, run.val, config, ranks, run.autocast)
+    result = validation_loss(run.loss_of, run.val, config, ranks, run.autocast)
     loss = result["val_loss"]
     kept = f"{config.out_dir}/last.pt holds step {run.saved}" if run.saved >= 0 else "Nothing was written"
     require(math.isfinite(loss), f"the validation loss is {loss} at step {run.step}; lower learning_rate, or "
@@ -79,7 +79,7 @@ class Log:
 
 
 def report(run, config, ranks, loss_sum, norm, tokens, start):
-    """A line on the terminal, and one in the log. tokens: since start, a (time, step)."""
+    """A line on the terminal, and one in the log. start: a (time, step); tokens: target tokens since."""
     loss, norm, lr = ranks.sum(loss_sum).item(), norm.item(), run.optimizer.param_groups[0]["lr"]
     seconds = time.time() - start[0]
     eta = int(seconds / (run.step - start[1]) * (config.steps - run.step))

@@ -33,8 +33,7 @@ def sign_test(gained, lost):
 
 
 def mcnemar(a, b):
-    """
-    Paired comparison of two lists of bool, or of how many samples, or seeds, are right.
+    """Paired comparison of two lists of bool, or of how many samples, or seeds, are right.
 
     Returns where b has more, where a has more, and the exact two-sided p.
     """
@@ -43,8 +42,7 @@ def mcnemar(a, b):
 
 
 def compare(right, steps):
-    """
-    What is right after `steps` evaluations against the first and against the previous number of them.
+    """What is right after `steps` evaluations against the first and against the previous number of them.
 
     right: {steps: how often each problem is right}, in the order of evaluation; {} for the first of it.
     """
@@ -54,8 +52,7 @@ def compare(right, steps):
 
 
 def shares(name, right, k, subjects):
-    """
-    {name: share that is right, "interval": ...} of n problems with k samples each, right in 0..k of each.
+    """{name: share that is right, "interval": ...} of n problems with k samples each, right in 0..k of each.
 
     Where there are several subjects, also by_subject, {subject: (share, problems)}, and macro, the mean of
     these shares. The interval counts problems, not samples: samples of one problem are alike.
@@ -215,7 +212,7 @@ def pyplot(option):
 
 def read_controls(config, problems_sha256):
     """[(name, row)] of the out_dirs in config.controls: each one's latest evaluation on the same problems."""
-    pyplot("--plot")                                                     # rather now than after the work
+    pyplot("--plot")                                                     # fail now, not after the work
     controls, names = [], ("split", "temperature", "top_k", "votes", "samples", "shots", "limit")
     same = {name: getattr(config, name) for name in names}
     for out_dir in filter(None, config.controls.split(",")):

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from checkpoint import load
-from configurator import UserError, at_least, configure, run
+from configurator import UserError, at_least, configure, run, without_effect
 from decode import Decoding, generate
 from packed import pack
 from report import format_trace
 from tokens import encode_question
 
-QUESTION = ("Jack buys 5 trays of 10 lemons each. He throws 45 lemons away. "
-            "How many lemons does Jack have now?")
+QUESTION = "Leo makes 42 stamps and Tom makes 5 for him. He wants 59 stamps. How many more does he need?"
 AT_ONCE = 64                        # samples written side by side, for memory
 
 
@@ -36,7 +35,7 @@ class Config(Decoding):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
 
 
-def check(config, model, checkpoint):
+def label_of(config, model, checkpoint):
     """The number of the label that config names. UserError for what the checkpoint does not have."""
     names, out_dir = checkpoint["data"]["label_names"], config.out_dir
     if model.path is None and config.steps > 1:
@@ -60,8 +59,9 @@ def check(config, model, checkpoint):
 def main(argv=None):
     config = configure(Config, argv, __doc__)
     at_least(config, num_samples=1)
+    without_effect(config, "--steps=2 or more", config.steps > 1, "solver", "t_end", "stop", "guess")
     model, encoding, checkpoint = load(config.out_dir, config.checkpoint, config.device, config.dtype)
-    label = check(config, model, checkpoint)
+    label = label_of(config, model, checkpoint)
     prompt = encode_question(encoding, checkpoint["data"]["prompt"], config.prompt)
     if len(prompt) > model.trunk.config.block_size:
         raise UserError(f"error: the prompt has {len(prompt)} tokens, but the model only "

@@ -52,8 +52,7 @@ class Score(NamedTuple):
 
 # ---------------------------------------------------------------------------------- scoring
 def vote(problem, outputs, run_code=False):
-    """
-    (output, Score) of the majority of k outputs, each a whole text without <|endoftext|>.
+    """(output, Score) of the majority of k outputs, each a whole text without <|endoftext|>.
 
     Strict and flexible answers are counted apart; output is the first that gives the strict majority, or else
     the first. Code that a problem's test needs is run, in the sandbox, and only if run_code says so.
@@ -134,7 +133,7 @@ class Generated(Options):
 
 @dataclass(frozen=True)
 class Files(Options):
-    source: str = ""                 # folder with the task's files, or its only file; default: download them
+    source: str = ""                 # folder of the task's files, or its only file; default: download
     subset: int = 0                  # keep this many training problems; 0 keeps all
 
 @dataclass(frozen=True)
@@ -164,7 +163,8 @@ def generated(name, style=None):
             while len(found) < count:
                 question, answer = make(rng)
                 if bucket(question) == split and question not in found:
-                    answer, label = style(rng, question, answer) if style else (answer, steps(answer, 4))
+                    answer, label = style(rng, question, answer) if style else \
+                        (answer, solution_steps(answer, 4))
                     where = f"{split} problem {len(found) + 1}"
                     found[question] = worked(name, question, answer, label, where, options)
             splits[split] = list(found.values())
@@ -182,7 +182,7 @@ def step_names(n):
     return ("1 step", *(f"{i} steps" for i in range(2, n)), f"{n} or more steps")
 
 
-def steps(answer, n):
+def solution_steps(answer, n):
     """The label of an answer by its solution steps, the lines before "####"."""
     lines = answer.split("####")[0].splitlines()
     return step_names(n)[min(max(sum(bool(line.strip()) for line in lines), 1), n) - 1]
@@ -243,8 +243,7 @@ def obtain(options, folder, sources, file, url="", size=None, sha256=None, lone=
 
 
 def from_lines(make, files, optional=()):
-    """
-    A loader of files with a problem on each line: make(row, where, options) -> (split or "", Problem).
+    """A loader of files with a problem on each line: make(row, where, options) -> (split or "", Problem).
 
     files: {split: (name, url, size, sha256)}; those of optional splits may be absent from --source. Where the
     options have val, so many problems are held out from the training split, unless there is a file of them.
@@ -281,7 +280,7 @@ def hold_out(splits, n):
 
 def gsm8k(row, where, options):
     question, answer = texts(row, where, "question", "answer")
-    return "", worked("gsm8k", question, answer, steps(answer.strip(), 8), where, options)
+    return "", worked("gsm8k", question, answer, solution_steps(answer.strip(), 8), where, options)
 
 
 def jsonl(row, where, options):                              # a user's own

@@ -78,8 +78,7 @@ def encode_question(encoding, prompt, question):
 
 
 def choice_tokens(encoding, choices):
-    """
-    (ids, [id of each choice]): the choices as single next tokens, after the ids that they all begin with.
+    """(ids, [id of each choice]): the choices as single next tokens, after the ids that they all begin with.
 
     GPT-2 has " A", " B", ... as one token each, so ids is empty. Raises UserError where no one token tells.
     """

@@ -42,7 +42,7 @@ from configurator import at_least, configure, require, without_effect
 from configurator import run as run_script
 from machine import StopSignals, compiles, pick_device, pick_dtype, ranks_of, use_kernels_for_training
 from model import PathConfig
-from prepare_data import load_manifest
+from prepare_data import Split, load_manifest
 from progress import Log, report, stop_if_bad, validate
 
 
@@ -56,14 +56,14 @@ class Config(PathConfig):
     resume: bool = False            # go on from out_dir/last.pt
     # the trunk
     trunk: str = "gpt2"             # GPT-2 size, .safetensors file or directory, checkpoint, or scratch
-    trunk_mode: Literal["frozen", "lora", "full"] = "frozen"
+    trunk_mode: Literal["frozen", "lora", "full"] = "frozen"  # trains: nothing, a LoRA on it, all of it
     n_layer: int = 12               # n_layer, n_head, n_embd: of a trunk from scratch
     n_head: int = 12
     n_embd: int = 768
     block_size: int = 512           # longest example, in tokens; positions of a trunk from scratch
     # diffusion
     label_dropout: float = 0.2      # share of examples trained without their guidance label
-    unroll: int = 0                 # train through Algorithm 1, with 1 to so many path calls (deviation 12)
+    unroll: int = 0                 # K: train through Algorithm 1, T = 2 to K + 1 (deviation 12); 0 = off
     path_from: str = ""             # a checkpoint whose path to start from, for a later phase
     # optimisation
     steps: int = 3000               # optimizer steps
@@ -140,10 +140,10 @@ def learning_rate(step, config):
 class Run:
     """What a training run is made of, and where it stands."""
     manifest: dict
-    data: tuple                     # a Split, of the training examples
-    val: tuple
+    data: Split                     # the training examples
+    val: Split
     model: nn.Module
-    loss_of: nn.Module              # (idx, at, y, label, t, x_0, unroll) -> -log p (N,)
+    loss_of: nn.Module              # (idx, at, y, label, t, x_0, T) -> -log p (N,)
     ddp: nn.Module                  # the same, summing gradients over the ranks; None for one rank
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -207,10 +207,12 @@ def evaluate_and_save(run, config, ranks):
 
 
 def train(config, ranks):
+    # batches.py draws, diffusion.nll is the loss, progress.py watches, checkpoint.py saves
     run, device, stop = set_up(config, ranks), ranks.device, StopSignals()
     lengths, n_micro = np.diff(run.data.offsets), ranks.world * config.grad_accum
     n_targets_of = np.add.reduceat(run.data.mask, run.data.offsets[:-1], dtype=np.int64)   # of each example
-    epoch, start, tokens, bad_in_a_row = None, (time.time(), run.step), 0, torch.zeros((), device=device)
+    epoch, start, tokens = None, (time.time(), run.step), 0
+    bad_in_a_row = torch.zeros((), device=device)             # steps whose gradient was not finite
     progress = tqdm(total=config.steps, initial=run.step, disable=not (ranks.main and sys.stderr.isatty()))
     if run.saved < 0:                                         # a new run
         evaluate_and_save(run, config, ranks)
@@ -225,11 +227,11 @@ def train(config, ranks):
         for micro in range(ranks.rank, n_micro, ranks.world):
             idx, at, y, label = batch_of(run.data, ids[micro], device)
             generator = generator_for(device, 0, config.seed, run.step, micro)
-            label, t, x_0, unroll = draw_noise(config, run.model, label, len(y), generator)
+            label, t, x_0, T = draw_noise(config, run.model, label, len(y), generator)
             more = run.ddp and micro + ranks.world < n_micro  # ranks sum their gradients once a step
             with (run.ddp.no_sync() if more else nullcontext()), run.autocast:
-                losses = (run.ddp or run.loss_of)(idx, at, y, label, t, x_0, unroll)       # (N,), Eq. 3
-                loss = losses.sum() / n_targets               # no mean of means
+                losses = (run.ddp or run.loss_of)(idx, at, y, label, t, x_0, T)       # (N,), Eq. 3
+                loss = losses.sum() / n_targets               # deviation 9: no mean of means
             run.scaler.scale(loss * ranks.world).backward()   # DDP takes the mean over ranks, unless no_sync
             loss_sum += loss.detach()
 

@@ -334,7 +334,7 @@ def test_training_through_algorithm_1_sees_the_samplers_logits(model):
         logits, _ = teacher_forced(model, idx, at, sampler, generator(3), label)
         config = model.path.config
         x_0 = config.sigma * torch.randn(len(y), config.x_dim, generator=generator(3))
-        losses = nll(model, idx, at, y, label, x_0=x_0, unroll=steps)
+        losses = nll(model, idx, at, y, label, x_0=x_0, T=steps)
         torch.testing.assert_close(losses, F.cross_entropy(logits, y, reduction="none"), atol=1e-4, rtol=1e-4)
 
 
@@ -344,7 +344,7 @@ def test_the_gradient_goes_through_every_step_of_algorithm_1(model):
     model, x_0 = copy.deepcopy(model), 2.0 * torch.randn(len(y), 8, generator=generator(3))
 
     def loss():
-        return nll(model, idx, at, y, label, x_0=x_0, unroll=4).sum()
+        return nll(model, idx, at, y, label, x_0=x_0, T=4).sum()
     weights = (model.path.W.weight, model.path.x_in[0].weight, model.path.h[0].mlp.c_fc.weight)
     params = [p.requires_grad_() for p in weights]
     grads = torch.autograd.grad(loss(), params)
@@ -440,7 +440,7 @@ def test_guidance_is_eq_7_with_a_plus(model):
             before = f.nfe.clone()
             torch.testing.assert_close(f.x_1_hat(x, t), 3 * a - 2 * b, atol=1e-4, rtol=1e-4)
             assert (f.nfe - before).tolist() == [2, 2]
-            torch.testing.assert_close(f.last, logits(x, t, label), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(f.latest, logits(x, t, label), atol=1e-4, rtol=1e-4)
             differ |= (a - b).abs().max() > 0.1
         assert differ
         before = f.nfe.clone()
@@ -455,7 +455,7 @@ def test_guidance_is_eq_7_with_a_plus(model):
 def test_the_first_evaluation_is_the_trunks_and_free(model):
     f, V, _ = denoiser(model, Sampler(steps=5), torch.tensor([0, 2]))
     trunk = model.trunk.head(model.trunk(torch.tensor([[3, 1, 4, 1, 5]]))[0])[:, -1]
-    torch.testing.assert_close(f.last, trunk.expand(2, -1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(f.latest, trunk.expand(2, -1), atol=1e-5, rtol=1e-5)
     x_1_hat = f.x_1_hat(torch.full((2, 8), torch.nan), 0.0)
     assert torch.equal(x_1_hat, V[trunk.argmax(-1)].expand(2, -1)) and f.nfe.tolist() == [0, 0]
 

@@ -645,7 +645,7 @@ def test_evaluation_is_the_mean_over_targets_in_each_bin_of_t(options, l2d):
     c = config(**options | dict(eval_examples=70))                # three batches, the last not full
     model = pair_from(load_checkpoint(l2d / "last.pt"), "l2d").requires_grad_(False)
     data, loss_of = load_split(options["data_dir"], "val"), train.Loss(model)
-    call = lambda ranks: progress.evaluate(loss_of, data, c, ranks, nullcontext())  # noqa: E731
+    call = lambda ranks: progress.validation_loss(loss_of, data, c, ranks, nullcontext())  # noqa: E731
     alone, (bins, trunk_losses) = call(OneOf(0, 1)), one_by_one(model, data, range(70), c)
     assert alone["trunk_loss"] == pytest.approx(np.mean(trunk_losses), rel=1e-5)
     assert alone["val_loss"] == pytest.approx(np.mean(sum(bins, [])), rel=1e-5)
@@ -693,8 +693,8 @@ def test_metrics_hold_a_line_for_every_report_and_evaluation(options):
 
 def test_best_is_the_best(options, monkeypatch):
     """best.pt stays at the lowest validation loss while last.pt goes on."""
-    fake, evaluate = iter([3.0, 2.0, 2.5, 2.2]), progress.evaluate
-    monkeypatch.setattr(progress, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(fake)})
+    fake, evaluate = iter([3.0, 2.0, 2.5, 2.2]), progress.validation_loss
+    monkeypatch.setattr(progress, "validation_loss", lambda *args: evaluate(*args) | {"val_loss": next(fake)})
     train.main(argv(**options, steps=6, eval_every=2))
     best, last = (load_checkpoint(options["out_dir"] / f"{name}.pt") for name in ("best", "last"))
     assert (best["step"], best["best"], last["step"], last["best"]) == (2, 2.0, 6, 2.0)
