@@ -21,6 +21,7 @@ Training is the step of train.py on one batch. matmul: FLOPs of the step, paddin
 probe (MFU by a measured peak). stays, peak: GB as memory.py counts them; measured: the peak on a GPU.
 """
 import json
+import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,7 +37,7 @@ import decode
 import train
 from batches import batch_of
 from checkpoint import load
-from configurator import UserError, at_least, configure, run
+from configurator import UserError, at_least, configure, require, run
 from decode import Decoding, Generated, generate
 from files import write_file
 from gpt2_weights import GPT2_SIZES
@@ -321,11 +322,26 @@ def measure_training(config, device, dtype):
 
 
 # ------------------------------------------------------------------------------------------------ main
+def check_out(path):
+    """Fail now, not after the work, where path cannot be written, or holds what is not ours."""
+    if os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                ours = "parameters" in json.load(file)
+        except (OSError, ValueError, TypeError):
+            ours = False
+        require(ours, f"{path} was not written by bench.py and would be lost; choose another --out")
+    write_file(f"{path}.probe", lambda file: file.write(b"{}"))
+    os.unlink(f"{path}.probe")
+
+
 def main(argv=None):
     config = configure(Config, argv, __doc__)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    write_file(config.out, lambda file: file.write(b"{}"))               # fail now, not after the work
+    require(config.decode or config.train or config.gpu_report, "decode=False leaves nothing to measure; add "
+            "--train")
+    check_out(config.out)
     counted = parameters(SIZES[config.model], PathConfig())
     print(f"{config.model}: " + ", ".join(f"{name} {n:,}" for name, n in counted.items()), flush=True)
     result = {"config": asdict(config), "threads": torch.get_num_threads(), "parameters": counted}

@@ -81,14 +81,17 @@ def make_model(config, manifest):
     path_config = PathConfig(**{f.name: getattr(config, f.name) for f in fields(PathConfig)})
     path = DiffusionPath(trunk, path_config, manifest["n_labels"]) if config.path_mode != "none" else None
     if path and config.path_from:
-        load_path(path, config.path_from)
+        load_path(path, config.path_from, manifest["label_names"])
     return L2D(trunk, path)
 
 
-def load_path(path, name):
+def load_path(path, name, label_names):
     """The weights of the path in a checkpoint of train.py, into this path."""
     checkpoint, now = load_checkpoint(name), asdict(path.config)
-    before, tensors = checkpoint["path_config"] or {}, checkpoint["model"]
+    before, tensors = checkpoint["path_config"], checkpoint["model"]
+    require(before, f"{name} holds a trunk without a path; --path_from needs one with a path")
+    before |= {"labels": checkpoint["data"]["label_names"]}
+    now |= {"labels": label_names}
     differ = [f"{k}={v}, not {now.get(k)}" for k, v in before.items() if k != "gate_init" and v != now.get(k)]
     if differ:
         raise UserError(f"error: the path in {name} was trained with {', '.join(differ)}; train on with that")

@@ -77,6 +77,7 @@ class Config(Decoding):
         require(self.exact_match or not (self.plot or self.show_change),
                 "--plot and --show_change need answers; leave out --exact_match=False")
         without_effect(self, "--plot", self.plot, "controls")
+        without_effect(self, "answers", self.exact_match, "votes", "samples", "run_code")
         require(not self.show_change or several == 1 < n_steps,
                 f"--show_change compares one answer at two numbers of steps, as with --steps=1,16; there are "
                 f"steps={self.steps}, {several} answers each")
@@ -100,6 +101,11 @@ def set_up(config, ranks):
     require(manifest["fingerprint"] == checkpoint["tokenizer"]["fingerprint"],
             f"{data_dir} was made with tokenizer {manifest['tokenizer']}, the checkpoint with {name}; make "
             f"it with --tokenizer={name}, or choose the data it was trained on")
+    differ = [f"{k} was {checkpoint['data'].get(k)!r}, now {v!r}" for k, v in manifest.items()
+              if checkpoint["data"].get(k) != v]
+    require(config.data_dir or not differ, f"{data_dir} is no longer the data that {config.out_dir} was "
+            f"trained on: {'; '.join(differ)}; its {config.split} may hold training problems. Make it as "
+            f"it was, or name it: --data_dir={data_dir}")
     if config.shots:
         data = with_examples(config, data_dir, manifest, data, encoding)
     labels = labels_of(config, model, checkpoint, manifest, data.problems)
@@ -133,7 +139,8 @@ def labels_of(config, model, checkpoint, manifest, problems):
         asked = SimpleNamespace(out_dir=config.out_dir, label=config.label, guidance=1.0,
                                 steps=max(decoding.steps for decoding in config.decodings()))
         return [label_of(asked, model, checkpoint)] * len(problems)
-    wanted = [p.label if manifest["label_names"] == names else TASKS[p.task].group for p in problems]
+    wanted = [p.label if manifest["label_names"] == names else TASKS[p.task].group or p.label
+              for p in problems]
     if strange := set(wanted) - set(names if has_path else ()):
         known = ", ".join(names) if has_path else "none, for want of a path"
         raise UserError(f"error: --use_label needs the labels {sorted(strange)}, but those of "

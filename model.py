@@ -17,9 +17,6 @@ Shapes and symbols, here and in diffusion.py:
     w_d     (N, C)  weight of the path (Eq. 6), exactly 0 at t = 0
     kv      a list of L pairs (k, v), each (B, H, S, C/H): the trunk's keys and values
     c       a Context: what the trunk has read, the c of the paper's f(x_t, t, c)
-
-Classes go from leaf to root: LoRALinear, Attention, MLP, Block, GPT; then PathBlock, DiffusionPath; then
-Context and L2D, the pair.
 """
 import copy
 import math
@@ -212,7 +209,8 @@ class PathConfig:
 
     def __post_init__(self):
         at_least(self, lora_rank=1, x_dim=1, t_dim=2)
-        require(self.sigma > 0, f"sigma={self.sigma}, but it must be above 0")
+        require(min(self.sigma, self.lora_alpha) > 0,
+                f"sigma={self.sigma} and lora_alpha={self.lora_alpha} must be above 0")
         require(self.t_dim % 2 == 0, f"t_dim={self.t_dim} must be even: half of it cosines, half sines")
 
 

@@ -13,6 +13,7 @@ from statistics import fmean
 
 import torch
 
+from checkpoint import load_checkpoint
 from configurator import UserError
 from files import write_file
 from tasks import pass_at_k
@@ -213,12 +214,15 @@ def pyplot(option):
 def read_controls(config, problems_sha256):
     """[(name, row)] of the out_dirs in config.controls: each one's latest evaluation on the same problems."""
     pyplot("--plot")                                                     # fail now, not after the work
-    controls, names = [], ("split", "temperature", "top_k", "votes", "samples", "shots", "limit")
+    controls, names = [], ("split", "temperature", "top_k", "votes", "samples", "shots", "limit",
+                           "max_new_tokens", "checkpoint")
     same = {name: getattr(config, name) for name in names}
     for out_dir in filter(None, config.controls.split(",")):
         paths = glob.glob(os.path.join(glob.escape(out_dir), "eval", "*.json"))
+        weights = load_checkpoint(os.path.join(out_dir, f"{config.checkpoint}.pt"))["sha256"]
         rows = [r["rows"][0] for r in map(read_results, sorted(paths, key=os.path.getmtime))
                 if r["rows"] and "strict" in r["rows"][0] and r["problems_sha256"] == problems_sha256
+                and r.get("weights_sha256") == weights                   # those that are there now
                 and all(r["config"].get(name) == value for name, value in same.items())]
         if not rows:
             options = " ".join(f"--{name}={value}" for name, value in same.items())

@@ -20,7 +20,7 @@ ends at once.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: else threads spin at every barrier
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: else threads spin at every barrier
 
 import math
 import sys
@@ -92,6 +92,7 @@ class Config(PathConfig):
                  seed=0, block_size=2, warmup=0, weight_decay=0, grad_clip=0, unroll=0, min_lr=0,
                  label_dropout=0, beta1=0, beta2=0)
         require(self.out_dir, "out_dir is empty; name a folder")
+        require(self.train_split != self.val_split, f"val_split={self.val_split} is trained on")
         require((self.trunk_mode, self.path_mode) != ("frozen", "none"), "trunk_mode=frozen with "
                 "path_mode=none trains nothing; choose a path, or lora or full for the trunk")
         require(self.trunk != "scratch" or self.trunk_mode == "full", f"trunk=scratch with trunk_mode="
@@ -193,7 +194,8 @@ def set_up(config, ranks):
     if checkpoint:
         run.step, run.best, run.saved = checkpoint["step"], checkpoint["best"], checkpoint["step"]
         if not os.path.exists(os.path.join(config.out_dir, "best.pt")):
-            run.best = math.inf                               # the next evaluation writes it
+            run.best = math.inf
+            ranks.say(f"note: {config.out_dir}/best.pt is missing: the next evaluation writes it")
     n_trunk, n_trained = (sum(p.numel() for p in z) for z in (model.trunk.parameters(), trained(model)))
     ranks.say(f"{len(data.labels)} examples, {steps_of_epoch(data, config)} steps an epoch; "
               f"trunk {n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {kind}, {dtype}")
@@ -214,7 +216,7 @@ def train(config, ranks):
     epoch, start, tokens = None, (time.time(), run.step), 0
     bad_in_a_row = torch.zeros((), device=device)             # steps whose gradient was not finite
     progress = tqdm(total=config.steps, initial=run.step, disable=not (ranks.main and sys.stderr.isatty()))
-    if run.saved < 0:                                         # a new run
+    if run.saved < 0 or run.step >= config.steps and run.best == math.inf:  # a new run, or its best is lost
         evaluate_and_save(run, config, ranks)
 
     while run.step < config.steps:

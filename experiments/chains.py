@@ -225,7 +225,7 @@ def table():
 
 
 def versus_controls(groups, result):
-    """T = 8 of L2D against every control that saw the same chains, paired by sequence, the seeds both have."""
+    """T = 8 of L2D against each control that saw the same chains, paired by sequence, the seeds both have."""
     for method in [m for m in groups if "l2d" not in m]:
         ours = "l2d_5" if method.endswith("_5") else "l2d"
         seeds = [s for s in groups[method]["seeds"] if ours in groups and s in groups[ours]["seeds"]]
@@ -233,7 +233,8 @@ def versus_controls(groups, result):
             runs = [[groups[m]["runs"][groups[m]["seeds"].index(s)] for s in seeds] for m in (method, ours)]
             mean, half = interval(per_sequence(runs[0], 1), per_sequence(runs[1], 8), len(seeds))
             result[METHODS[method]]["l2d_at_8_minus_this"] = [mean, half]
-            print(f"{METHODS[ours]}, at T = 8 minus {METHODS[method]}, seeds {seeds}: {mean:+.4f} ± {half:.4f}")
+            print(f"{METHODS[ours]}, at T = 8 minus {METHODS[method]}, seeds {seeds}: "
+                  f"{mean:+.4f} ± {half:.4f}")
 
 
 def draw(result):

@@ -304,12 +304,23 @@ def test_tokens_that_differ_are_an_error(tmp_path, monkeypatch):
     ("--stop=-1", "stop=-1.0"), ("--repeats=0", "at least 1"), ("--train_answer=1000", "1060"),
     ("--prompt=1020", "1068, but tiny has 1024 positions"), ("--dtype=int8", "bfloat16"),
     ("--stesp=3", "did you mean --steps?"), ("--out=/dev/null/x.json", "/dev/null/x.json"),
-    ("--out_dir=/nowhere", "/nowhere/best.pt")])
-def test_bad_options_give_one_line(option, expected):
+    ("--out_dir=/nowhere", "/nowhere/best.pt"), ("--decode=False", "nothing to measure")])
+def test_bad_options_give_one_line(option, expected, tmp_path):
+    good = tmp_path / "bench.json"
+    good.write_text('{"parameters": 1}')
     with pytest.raises(UserError) as e:
-        bench.main(["--model=tiny", "--out=/tmp/bench_test.json", option])
+        bench.main(["--model=tiny", f"--out={good}", option])
     message = str(e.value)
     assert message.startswith("error: ") and "\n" not in message and expected in message
+    assert good.read_text() == '{"parameters": 1}' and [*tmp_path.iterdir()] == [good]      # a mistake changes no file
+
+
+def test_a_file_that_is_not_benchs_own_is_not_written_over(tmp_path):
+    for text in ("precious", "[]", '{"mine": 1}'):
+        (tmp_path / "x").write_text(text)
+        with pytest.raises(UserError, match="was not written by bench.py"):
+            bench.main(["--model=tiny", f"--out={tmp_path / 'x'}"])
+        assert (tmp_path / "x").read_text() == text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -96,7 +96,8 @@ def test_a_typo_in_a_config_file_is_as_wrong_and_says_where(error, tmp_path):
     *[(dict(path_mode="none", trunk_mode="full", **{name: value}), [f"{name}={value}", "without a path", "leave it out"])
       for name, value in (("unroll", 4), ("path_from", "x.pt"))],
     (dict(n_layer=3), ["n_layer=3", "has 2", "leave it out"]), (dict(n_head=4), ["n_head=4", "has 2"]),
-    (dict(out_dir=""), ["out_dir is empty"]),
+    (dict(out_dir=""), ["out_dir is empty"]), (dict(val_split="train"), ["val_split=train", "trained on"]),
+    (dict(lora_alpha=0), ["lora_alpha=0", "above 0"]),
     (dict(train_split="trian"), ["no split 'trian'", "train, val, test"]),
     (dict(val_split="valid"), ["no split 'valid'", "train, val, test"]),
     (dict(trunk="gpt3"), ["'gpt3'", "gpt2-medium"]),

@@ -669,6 +669,19 @@ def test_show_change(run, arithmetic, monkeypatch, encoding):
     assert printed.endswith("no problem is wrong at steps=1 and right at steps=2: none to trace\n")
 
 
+def test_data_that_was_made_anew_is_no_longer_the_runs_own(run, out_dir, arithmetic, tmp_path):
+    """Its validation problems may be those of the training. Named by --data_dir it is evaluated."""
+    folder = Path(shutil.copytree(arithmetic, tmp_path / "data"))
+    checkpoint = torch.load(out_dir / "best.pt")
+    torch.save(checkpoint | {"config": {"data_dir": str(folder)}}, out_dir / "best.pt")
+    run("--steps=1", "--limit=2", data_dir="")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"seed": 5}))
+    with pytest.raises(UserError, match="no longer the data that .* was trained on: seed was 1337, now 5"):
+        run("--steps=1", "--limit=2", data_dir="")
+    run("--steps=1", "--limit=2", data_dir=folder)
+
+
 def test_plot(run, out_dir, tmp_path):
     pytest.importorskip("matplotlib")
     control = Path(shutil.copytree(out_dir, tmp_path / "control"))
@@ -676,11 +689,16 @@ def test_plot(run, out_dir, tmp_path):
     _, printed = run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}/")
     (figure,) = (out_dir / "eval").glob("*.png")
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and f"figure: {figure}" in printed
+    checkpoint = torch.load(control / "best.pt")
+    torch.save(checkpoint | {"step": 9}, control / "best.pt")     # other weights than those evaluated
+    with pytest.raises(UserError, match="no evaluation on the same problems"):
+        run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}/")
     for other in ("--temperature=1", "--limit=7", "--exact_match=False"):
         control = Path(shutil.copytree(out_dir, tmp_path / other, ignore=shutil.ignore_patterns("eval")))
         run("--steps=1", "--limit=8", other, out_dir=control)
         with pytest.raises(UserError, match=f"--out_dir={control} --steps=1 --split=val --temperature=0.0 "
-                                            "--top_k=0 --votes=1 --samples=1 --shots=0 --limit=8"):
+                                            "--top_k=0 --votes=1 --samples=1 --shots=0 --limit=8 --max_new_tokens=12 "
+                                            "--checkpoint=best"):
             run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}")
 
 
@@ -699,6 +717,8 @@ def test_plot(run, out_dir, tmp_path):
     (["--exact_match=False", "--plot"], ["--plot", "--exact_match=False"]),
     (["--limit=-1"], ["limit=-1"]),
     (["--controls=out/x"], ["controls=out/x", "without --plot"]),
+    *[([f"--{option}", "--temperature=1", "--exact_match=False"], [name, "without answers"]) for option, name in
+      (("votes=5", "votes=5"), ("samples=5", "samples=5"), ("run_code", "run_code=True"))],
     (["--top_k=4"], ["top_k=4", "without a temperature"]),
     (["--show_change", "--steps=4"], ["--show_change", "--steps=1,16"]),
     (["--show_change", "--votes=2", "--temperature=1"], ["--show_change", "2 answers"]),

@@ -168,6 +168,12 @@ def test_a_path_may_start_from_anothers(options, l2d):
     assert not torch.equal(run.model.path.W.weight, starts[0])
     shutil.rmtree(options["out_dir"])
     says(error_of(train.main, argv(**options, path_from=l2d / "last.pt", x_dim=8)), "last.pt", "x_dim=16, not 8")
+    checkpoint = torch.load(l2d / "last.pt")
+    other = options["out_dir"].parent / "other.pt"
+    for change, parts in ((dict(data=checkpoint["data"] | {"label_names": ["x", "y"]}), ["labels=['x', 'y']"]),
+                          (dict(path_config=None), ["a trunk without a path"])):
+        torch.save(checkpoint | change | {"trunk_sha256": None}, other)
+        says(error_of(train.main, argv(**options, path_from=other)), "other.pt", *parts)
 
 
 def test_the_lora_of_a_trunk_is_merged_in(options, tmp_path, arithmetic):
