@@ -45,8 +45,8 @@ def batches_of_epoch(lengths, batch_size, n_micro, seed):
     """The example ids of one epoch, (steps, n_micro, batch_size / n_micro): of each step, for all ranks.
 
     Shuffled, sorted by length within chunks of 50 batches, and cut: the examples of a step are of similar
-    length, so that there is little padding and no rank waits long for another. What fills no
-    batch is left out until the next epoch's shuffle; data smaller than a batch is repeated to fill one.
+    length, so that there is little padding and no rank waits long for another. What fills no batch is left
+    out until the next epoch's shuffle; data smaller than a batch is repeated to fill one.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))

@@ -176,6 +176,12 @@ def open_out_dir(config, ranks):
         return lock_file, load_checkpoint(previous) | {"path": previous}
 
 
+def data_changes(checkpoint, manifest, of=""):
+    """What of the data's manifest is not as it was when the checkpoint was trained on it."""
+    before = checkpoint["data"]
+    return [f"{k}{of} was {before.get(k)!r}, now {v!r}" for k, v in manifest.items() if before.get(k) != v]
+
+
 def check_same_run(checkpoint, config, manifest, ranks):
     """Raise UserError where --resume would be another run. It may be longer, and k ranks may become k
     micro-batches."""
@@ -190,8 +196,7 @@ def check_same_run(checkpoint, config, manifest, ranks):
         may_differ.add("steps")
     differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in before.items()
               if k not in may_differ and now.get(k) != v]
-    differ += [f"{k} of the data was {checkpoint['data'].get(k)!r}, now {v!r}" for k, v in manifest.items()
-               if checkpoint["data"].get(k) != v]
+    differ += data_changes(checkpoint, manifest, " of the data")
     micro = before["grad_accum"] * checkpoint["world"], config.grad_accum * ranks.world
     differ += [f"ranks x grad_accum were {micro[0]}, now {micro[1]}"] if micro[0] != micro[1] else []
     if differ:

@@ -39,10 +39,10 @@ class Denoiser:
     """What Algorithm 1 asks of the pair at N positions: logits(x_t, t), and the guess x_1_hat(x_t, t).
 
     The first evaluation, at t = 0, is the trunk's head: no path call. The others are counted in nfe (N,), and
-    leave out the positions that have stopped. last (N, V_size) and guess (N,): of the last evaluation.
+    leave out the positions that have stopped. latest (N, V_size) logits and guess (N,): of the last one.
 
     c: the Context of the positions. label (N,): guidance labels. x_0 (N, D): the noise it starts from. u (N,
-    steps + 1): uniform numbers for sampled guesses. last: the trunk's logits, if known. trace: keep, for each
+    steps + 1): uniform numbers for sampled guesses. trunk_logits (N, V_size): if known. trace: keep, for each
     position, a list of (t, guess, probability) of its evaluations.
     """
     def __init__(self, model, sampler, tables, c, label, x_0, u=None, trunk_logits=None, trace=False):

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 import report
-from checkpoint import load
+from checkpoint import data_changes, load
 from configurator import UserError, at_least, configure, require, run, without_effect
 from decode import Decoding, generate
 from exam import Exam, answers, equals_and_digits, of_choices, of_true_answers
@@ -101,8 +101,7 @@ def set_up(config, ranks):
     require(manifest["fingerprint"] == checkpoint["tokenizer"]["fingerprint"],
             f"{data_dir} was made with tokenizer {manifest['tokenizer']}, the checkpoint with {name}; make "
             f"it with --tokenizer={name}, or choose the data it was trained on")
-    differ = [f"{k} was {checkpoint['data'].get(k)!r}, now {v!r}" for k, v in manifest.items()
-              if checkpoint["data"].get(k) != v]
+    differ = data_changes(checkpoint, manifest)
     require(config.data_dir or not differ, f"{data_dir} is no longer the data that {config.out_dir} was "
             f"trained on: {'; '.join(differ)}; its {config.split} may hold training problems. Make it as "
             f"it was, or name it: --data_dir={data_dir}")
@@ -117,7 +116,7 @@ def set_up(config, ranks):
         "votes": config.votes, "samples": config.samples, "exact_match": config.exact_match, "labels": labels,
         "weights_sha256": checkpoint["sha256"],
         "problems_sha256": hashlib.sha256(problems.encode()).hexdigest(), "device": weight.device.type,
-        "dtype": str(weight.dtype), "batch_size": config.batch_size * (weight.dtype != torch.float32)}
+        "dtype": str(weight.dtype), "batch_size": 0 if weight.dtype == torch.float32 else config.batch_size}
     return Exam(config, ranks, pack(model), encoding, data, n, labels), decodings, same
 
 

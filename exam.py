@@ -59,9 +59,9 @@ def read_answers(path, k=math.inf):
         dict.fromkeys(("id", "seconds", *COSTS), math.inf)
 
     def sound(record):
-        numbers = [(record.get(name), high) for name, high in most.items()]
         return isinstance(record.get("output"), str) and all(
-            isinstance(number, (int, float)) and 0 <= number <= high for number, high in numbers)
+            isinstance(record.get(name), (int, float)) and 0 <= record[name] <= high
+            for name, high in most.items())
     return {record["id"]: record for record in read_records(path) if sound(record)}
 
 

@@ -89,8 +89,8 @@ def make(name, options, folder):
             raise UserError(f"error: --subset={subset} is out of range: 1 to {n}, or 0 for all")
         splits["train"] = splits["train"][:subset]
     seen = {p.prompt for split in ("train", "mix") for p in splits.get(split, ())}
-    for split in splits.keys() - {"train", "mix"}:
-        if n := sum(p.prompt in seen for p in splits[split]):
+    for split, problems in splits.items():                   # in their order, not a set's
+        if split not in ("train", "mix") and (n := sum(p.prompt in seen for p in problems)):
             print(f"note: {n} questions of {split} are in the training data, too: what is measured there is "
                   "in part what was learned by heart")
     label_names = list(task.labels or sorted({p.label for problems in splits.values() for p in problems}))
