@@ -4,7 +4,7 @@ What a training step is given: examples as padded batches, and the label, time a
 import numpy as np
 import torch
 
-from configurator import UserError
+from configurator import require
 from diffusion import draw
 from prepare_data import load_split
 
@@ -13,9 +13,8 @@ def load_fitting(config, split):
     """A split of the data, checked to fit block_size."""
     data = load_split(config.data_dir, split)
     longest = int(np.diff(data.offsets).max())
-    if longest - 1 > config.block_size:
-        raise UserError(f"error: {config.data_dir}: the longest example of {split} has {longest} tokens, but "
-                        f"block_size={config.block_size}; raise it (no example is cut or dropped)")
+    require(longest - 1 <= config.block_size, f"{config.data_dir}: the longest example of {split} has "
+            f"{longest} tokens, but block_size={config.block_size}; raise it (no example is cut or dropped)")
     return data
 
 

@@ -92,13 +92,11 @@ class Config:
                 fits = all(low <= x <= high for x in numbers(getattr(self, name), kind))
             except ValueError:
                 fits = False
-            if not fits:
-                raise UserError(f"error: {name}={getattr(self, name)!r}, but it must be numbers from {low} "
-                                f"to {high}, separated by commas, such as {getattr(Config, name)}")
+            require(fits, f"{name}={getattr(self, name)!r}, but it must be numbers from {low} to {high}, "
+                    f"separated by commas, such as {getattr(Config, name)}")
         for a, b in (("prompt", "new_tokens"), ("train_prompt", "train_answer")):
             total, most = getattr(self, a) + getattr(self, b), SIZES[self.model].block_size
-            if total > most:
-                raise UserError(f"error: {a} + {b} = {total}, but {self.model} has {most} positions")
+            require(total <= most, f"{a} + {b} = {total}, but {self.model} has {most} positions")
 
 
 def numbers(text, kind=int):
@@ -171,7 +169,7 @@ def transformers_gpt2(trunk, eot, max_new_tokens):
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
-        raise UserError("error: --baseline needs transformers: pip install -r requirements-dev.txt") from None
+        raise UserError("--baseline needs transformers: pip install -r requirements-dev.txt") from None
     c, weights = trunk.config, {f"transformer.{k}": v for k, v in trunk.state_dict().items()}
     for key in weights:
         if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
@@ -360,8 +358,7 @@ def main(argv=None):
     if dtype == torch.float32 and device.type == "cpu":                  # elsewhere products round by shape
         failed += [f"the tokens of {name} at batch {batch}" for batch, r in result.get("decode", {}).items()
                    for name, row in r["rows"].items() if not row["same"]]
-    if failed:
-        raise UserError(f"error: not as it must be: {', '.join(failed)}")
+    require(not failed, f"not as it must be: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

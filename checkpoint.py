@@ -27,11 +27,10 @@ def load_state(module, tensors, source):
     differ += [f"unexpected {k}" for k in tensors.keys() - own.keys()]
     differ += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}"
                for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
-    if differ:
-        raise UserError(f"error: {source} does not fit this model: {'; '.join(sorted(differ))}; choose the "
-                        "settings that it was made with, or another file")
+    require(not differ, f"{source} does not fit this model: {'; '.join(sorted(differ))}; choose the settings "
+            "that it was made with, or another file")
     if bad := sorted(k for k, z in tensors.items() if not z.isfinite().all()):
-        raise UserError(f"error: {source} holds numbers that are not finite, in {', '.join(bad[:3])}; it is "
+        raise UserError(f"{source} holds numbers that are not finite, in {', '.join(bad[:3])}; it is "
                         "damaged, or its training went wrong")
     module.load_state_dict(tensors)
 
@@ -52,7 +51,7 @@ def load_trunk(name, manifest):
     if name.endswith(".pt"):
         checkpoint = load_checkpoint(name)
         if checkpoint["tokenizer"]["fingerprint"] != manifest["fingerprint"]:
-            raise UserError(f"error: the data has tokenizer {manifest['tokenizer']}, but the trunk {name} "
+            raise UserError(f"the data has tokenizer {manifest['tokenizer']}, but the trunk {name} "
                             f"was trained with {checkpoint['tokenizer']['name']}; prepare the data for it")
         trunk = pair_from(checkpoint, name).trunk
         if checkpoint["trunk_lora"]:
@@ -60,7 +59,7 @@ def load_trunk(name, manifest):
     else:
         trunk = pretrained_trunk(name)
     if trunk.config.vocab_size != manifest["n_vocab"]:
-        raise UserError(f"error: the trunk {name} has {trunk.config.vocab_size} tokens, but the data's "
+        raise UserError(f"the trunk {name} has {trunk.config.vocab_size} tokens, but the data's "
                         f"tokenizer, {manifest['tokenizer']}, has {manifest['n_vocab']}; prepare it anew")
     return trunk
 
@@ -93,8 +92,7 @@ def load_path(path, name, label_names):
     before |= {"labels": checkpoint["data"]["label_names"]}
     now |= {"labels": label_names}
     differ = [f"{k}={v}, not {now.get(k)}" for k, v in before.items() if k != "gate_init" and v != now.get(k)]
-    if differ:
-        raise UserError(f"error: the path in {name} was trained with {', '.join(differ)}; train on with that")
+    require(not differ, f"the path in {name} was trained with {', '.join(differ)}; train on with that")
     load_state(path, {k[5:]: v for k, v in tensors.items() if k.startswith("path.")}, name)
 
 
@@ -156,7 +154,7 @@ def open_out_dir(config, ranks):
     lock, and the checkpoint to go on from, or None."""
     last, previous = (os.path.join(config.out_dir, name) for name in ("last.pt", "previous.pt"))
     if config.resume and not (os.path.exists(last) or os.path.exists(previous)):
-        raise UserError(f"error: nothing to resume: {last} does not exist; start without --resume")
+        raise UserError(f"nothing to resume: {last} does not exist; start without --resume")
     lock_file = lock(config.out_dir) if ranks.main else None
     for name in os.listdir(config.out_dir) if ranks.main else ():
         if name.startswith(".") and name.endswith(".tmp"):        # left by a kill while writing
@@ -165,7 +163,7 @@ def open_out_dir(config, ranks):
         for name in ("last.pt", "previous.pt", "best.pt", "trunk.pt"):
             path = os.path.join(config.out_dir, name)
             if os.path.exists(path):
-                raise UserError(f"error: {path} exists; go on with --resume, or choose another --out_dir")
+                raise UserError(f"{path} exists; go on with --resume, or choose another --out_dir")
         return lock_file, None
     try:
         return lock_file, load_checkpoint(last) | {"path": last}
@@ -185,8 +183,7 @@ def data_changes(checkpoint, manifest, of=""):
 def check_same_run(checkpoint, config, manifest, ranks):
     """Raise UserError where --resume would be another run. It may be longer, and k ranks may become k
     micro-batches."""
-    if "optimizer" not in checkpoint:
-        raise UserError(f"error: {checkpoint['path']} has no optimizer state; start without --resume")
+    require("optimizer" in checkpoint, f"{checkpoint['path']} has no optimizer state; start without --resume")
     may_differ = {"resume", "device", "compile", "log_every", "eval_every", "data_dir", "out_dir",
                   "grad_accum"}
     before, now = checkpoint["config"], asdict(config)
@@ -199,8 +196,7 @@ def check_same_run(checkpoint, config, manifest, ranks):
     differ += data_changes(checkpoint, manifest, " of the data")
     micro = before["grad_accum"] * checkpoint["world"], config.grad_accum * ranks.world
     differ += [f"ranks x grad_accum were {micro[0]}, now {micro[1]}"] if micro[0] != micro[1] else []
-    if differ:
-        raise UserError(f"error: {checkpoint['path']} belongs to another configuration: {'; '.join(differ)}")
+    require(not differ, f"{checkpoint['path']} belongs to another configuration: {'; '.join(differ)}")
 
 
 # ------------------------------------------------------------------------------------------------ load
@@ -209,19 +205,18 @@ def load_checkpoint(path):
     if not os.path.exists(path):
         config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # config/NAME.py writes to out/NAME
         config = config if os.path.exists(config) else "config/demo_trunk.py, or bash demo.sh"
-        raise UserError(f"error: no checkpoint at {path}; make one first: python train.py {config}")
+        raise UserError(f"no checkpoint at {path}; make one first: python train.py {config}")
     checkpoint, sha256 = read(path)
     parts = {"trunk_config", "trunk_lora", "trunk_sha256", "path_config", "n_labels", "model"}
     if missing := ", ".join(sorted(parts - checkpoint.keys())):
-        raise UserError(f"error: {path} is not a checkpoint of this train.py: it has no {missing}")
+        raise UserError(f"{path} is not a checkpoint of this train.py: it has no {missing}")
     if checkpoint["trunk_sha256"]:
         trunk_path = os.path.join(os.path.dirname(path), "trunk.pt")
-        if not os.path.exists(trunk_path):
-            raise UserError(f"error: {path} holds the path alone, and its trunk, {trunk_path}, is not there; "
-                            "keep both files in one folder")
+        require(os.path.exists(trunk_path), f"{path} holds the path alone, and its trunk, {trunk_path}, is "
+                "not there; keep both files in one folder")
         trunk, found = read(trunk_path)
         if found != checkpoint["trunk_sha256"]:
-            raise UserError(f"error: {trunk_path} is not the trunk that {path} was trained on, or is damaged")
+            raise UserError(f"{trunk_path} is not the trunk that {path} was trained on, or is damaged")
         checkpoint["model"] |= {f"trunk.{k}": v for k, v in trunk.items()}
     return checkpoint | {"sha256": sha256}
 
@@ -239,7 +234,7 @@ def read(path):
         return found, hashlib.sha256(data).hexdigest()
     except Exception as e:                                        # torch raises anything on a damaged file
         why = str(e).splitlines()[0] if str(e) else "wrong contents"
-        raise UserError(f"error: {path} is no checkpoint of train.py, or damaged ({type(e).__name__}: {why})")
+        raise UserError(f"{path} is no checkpoint of train.py, or damaged ({type(e).__name__}: {why})")
 
 
 def pair_from(checkpoint, source):
@@ -254,7 +249,7 @@ def pair_from(checkpoint, source):
         load_state(model, checkpoint["model"], source)
     except Exception as e:                                        # it may hold anything
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"error: {source} was written by another version of this code, or is damaged "
+        raise UserError(f"{source} was written by another version of this code, or is damaged "
                         f"({why}); train it again") from None
     model.trunk_sha256 = checkpoint["trunk_sha256"]
     return model
@@ -265,10 +260,10 @@ def load(out_dir, which="best", device="auto", dtype="auto"):
     device, path = pick_device(device), os.path.join(out_dir, f"{which}.pt")
     checkpoint = load_checkpoint(path)
     if missing := ", ".join(sorted({"tokenizer", "data", "config"} - checkpoint.keys())):
-        raise UserError(f"error: {path} has no {missing}: another version of train.py wrote it")
+        raise UserError(f"{path} has no {missing}: another version of train.py wrote it")
     name = checkpoint["tokenizer"]["name"]
     encoding = load_tokenizer(name)
     if fingerprint(encoding) != checkpoint["tokenizer"]["fingerprint"]:
-        raise UserError(f"error: {path} was trained with another version of tokenizer {name}; train again")
+        raise UserError(f"{path} was trained with another version of tokenizer {name}; train again")
     model = pair_from(checkpoint, path).requires_grad_(False)
     return model.to(device, pick_dtype(dtype, device)), encoding, checkpoint

@@ -6,8 +6,7 @@ nanoGPT's command line, made strict:
 Arguments apply from left to right, so the last one wins. Keys are the fields of a frozen dataclass,
 typed int, float, bool, str or Literal["a", "b"]. `--batch-size` equals `--batch_size`, a bare `--flag`
 is `--flag=True`, and strings are taken as they stand. A config file holds lines `name = value`; a value
-is made of numbers, strings, True, False, names assigned above it, and + - * / // % ** on numbers. It is
-parsed, never executed. A name that begins with an underscore is the file's own helper, not an option.
+is a number, a string, True or False. It is parsed, never executed.
 """
 
 import ast
@@ -16,12 +15,12 @@ import glob
 import inspect
 import io
 import math
-import operator
 import os
 import shlex
 import signal
 import sys
 import tokenize
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -33,7 +32,8 @@ class UserError(SystemExit):
     """A mistake of the user's. Uncaught, it prints its one line to stderr, no traceback, and exits with 1."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))  # one line, whatever the user's text held
+        line = " ".join(message.splitlines())         # whatever the user's text held
+        super().__init__(f"error: {line.removeprefix('error: ')}")
 
 
 def discard_output():
@@ -63,20 +63,20 @@ def run(main):
         print("stopped; what was finished is kept", file=sys.stderr)
         raise SystemExit(128 + (e.args or (signal.SIGINT,))[0]) from None
     except OSError as e:
-        raise UserError(f"error: {e.filename or 'a file'}: {e.strerror or e}") from None
+        raise UserError(f"{e.filename or 'a file'}: {e.strerror or e}") from None
 
 
 def at_least(config, **limits):
     """Raise UserError for the first field of config that is below its limit."""
     for name, low in limits.items():
         if getattr(config, name) < low:
-            raise UserError(f"error: {name}={getattr(config, name)}, but it must be at least {low}")
+            raise UserError(f"{name}={getattr(config, name)}, but it must be at least {low}")
 
 
 def require(holds, message):
     """Raise UserError with the message unless holds."""
     if not holds:
-        raise UserError(f"error: {message}")
+        raise UserError(message)
 
 
 def without_effect(config, needs, holds, *names):
@@ -84,7 +84,7 @@ def without_effect(config, needs, holds, *names):
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name in names and value != f.default and not holds:
-            raise UserError(f"error: {f.name}={value} does nothing without {needs}; leave it out")
+            raise UserError(f"{f.name}={value} does nothing without {needs}; leave it out")
 
 
 def configure(cls, argv=None, usage=""):
@@ -102,7 +102,7 @@ def configure(cls, argv=None, usage=""):
     def put(name, value, place="", dashes="--"):  # place: "config/x.py:3: " for a line of a file
         if name not in defaults:
             near = _did_you_mean(name, defaults, dashes)
-            raise UserError(f"error: {place}unknown option {dashes}{name}{near} (--help lists all)")
+            raise UserError(f"{place}unknown option {dashes}{name}{near} (--help lists all)")
         values[name] = _checked(value, kinds[name], defaults[name], place + dashes + name)
         if kinds[name] is str and name != "prompt":              # paths: a shell does not expand --key=~/x
             values[name] = os.path.expanduser(values[name])
@@ -115,14 +115,13 @@ def configure(cls, argv=None, usage=""):
                 text = "True"
             elif not equals and name in defaults:
                 example = shlex.quote(str(defaults[name]))
-                raise UserError(f"error: --{name} needs =VALUE, as in --{name}={example}")
+                raise UserError(f"--{name} needs =VALUE, as in --{name}={example}")
             put(name, _from_text(text, kinds.get(name)))
         elif arg.endswith(".py") and not arg.startswith("-"):
             for name, (value, line) in _read_config(arg).items():
-                if not name.startswith("_"):
-                    put(name, value, f"{arg}:{line}: ", dashes="")
+                put(name, value, f"{arg}:{line}: ", dashes="")
         else:
-            raise UserError(f"error: {arg!r} is neither --key=value nor a config file, x.py (see --help)")
+            raise UserError(f"{arg!r} is neither --key=value nor a config file, x.py (see --help)")
     return cls(**values)
 
 
@@ -155,7 +154,7 @@ def _checked(value, kind, default, name):
     expected = {int: f"an integer such as {default}", float: f"a finite number such as {default}",
                 str: f"a string such as {default!r}", bool: "True or False",
                 }.get(kind, f"one of {', '.join(choices)}{_did_you_mean(str(value), choices)}")
-    raise UserError(f"error: {name} is {value!r:.80}, expected {expected}")
+    raise UserError(f"{name} is {value!r:.80}, expected {expected}")
 
 
 def _read_config(path):
@@ -167,51 +166,30 @@ def _read_config(path):
             line = node.lineno
             match node:
                 case ast.Assign(targets=[ast.Name(id=name)], value=expression) if name not in values:
-                    values[name] = _evaluate(expression, values), line
+                    values[name] = _literal(expression), line
                 case ast.Assign(targets=[ast.Name(id=name)]):
                     raise ValueError(f"{name} is already set on line {values[name][1]}; keep one of the two")
                 case _:
                     raise ValueError(f"expected name = value, found {ast.unparse(node):.80}")
     except OSError as e:
         near = _did_you_mean(path, glob.glob("config/*.py"))
-        raise UserError(f"error: cannot read {path}: {e.strerror}{near}")
+        raise UserError(f"cannot read {path}: {e.strerror}{near}")
     except SyntaxError as e:
-        raise UserError(f"error: {path}:{e.lineno or 1}: {e.msg}; expected lines of name = value")
-    except (ValueError, ArithmeticError, RecursionError, MemoryError) as e:
-        raise UserError(f"error: {path}:{line}: {str(e) or 'nested too deeply'}")
+        raise UserError(f"{path}:{e.lineno or 1}: {e.msg}; expected lines of name = value")
+    except (ValueError, RecursionError, MemoryError) as e:
+        raise UserError(f"{path}:{line}: {str(e) or 'nested too deeply'}")
     return values
 
 
-def _power(a, b):
-    """a ** b, or inf where that would be huge (and slow)."""
-    return math.inf if a and b * math.log2(abs(a)) > 1023 else a**b
-
-
-ARITHMETIC = {ast.USub: operator.neg, ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-              ast.Pow: _power}
-
-
-def _evaluate(node, names):
-    """The value of an expression of literals, names assigned above and arithmetic; else ValueError."""
-    match node:
-        case ast.Constant(value=bool() | str() as value):
+def _literal(node):
+    """The value of a number, a string, True or False; else ValueError."""
+    with suppress(ValueError, TypeError):            # of an expression that is no literal
+        value = ast.literal_eval(node)
+        if type(value) in (str, bool) or _is_number(value):
             return value
-        case ast.Constant(value=int() | float() as value):
-            pass
-        case ast.Name(id=name) if name in names:
-            return names[name][0]
-        case ast.BinOp(op=op) | ast.UnaryOp(op=op) if type(op) in ARITHMETIC:
-            operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
-            numbers = [_evaluate(operand, names) for operand in operands]
-            value = ARITHMETIC[type(op)](*numbers) if all(map(_is_number, numbers)) else None
-        case _:
-            near = _did_you_mean(node.id, [*names, "True", "False"]) if isinstance(node, ast.Name) else ""
-            raise ValueError('expected a number, a "string", True, False, a name assigned above or '
-                             f"arithmetic, found {ast.unparse(node):.80}{near}")
-    if not _is_number(value):
-        raise ValueError(f"{ast.unparse(node):.80} is not arithmetic on finite numbers of 64 bits")
-    return value
+    near = _did_you_mean(node.id, ["True", "False"]) if isinstance(node, ast.Name) else ""
+    raise ValueError('expected a number of 64 bits, a "string", True or False, found '
+                     f"{ast.unparse(node):.80}{near}")
 
 
 def _help(cls, usage):

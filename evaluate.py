@@ -5,7 +5,6 @@ Does more compute help? Right answers and teacher-forced accuracy against steps,
     python evaluate.py --out_dir=out/l2d_gsm8k --split=test --steps=1,16 --solver=midpoint
     python evaluate.py --data_dir=data/mmlu --split=test --shots=2 --max_new_tokens=4     # letters, two ways
     python evaluate.py --data_dir=data/mbpp --split=test --run_code --samples=10 --temperature=0.8
-    python evaluate.py --out_dir=out/demo_l2d --plot --controls=out/demo_lora,out/demo_finetune
     torchrun --nproc_per_node=8 evaluate.py --split=test                                  # shared out
 
 Every number of steps answers the same problems with the same noise, so they are compared pair by pair (exact
@@ -57,7 +56,6 @@ class Config(Decoding):
     mistakes: int = 3               # wrong answers to print
     show_change: bool = False       # trace an answer, wrong at the first number of steps, right at the last
     plot: bool = False              # draw the share right against path calls, to out_dir/eval
-    controls: str = ""              # out_dirs, separated by commas, evaluated before: drawn as lines
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: float32 on a CPU
@@ -76,7 +74,6 @@ class Config(Decoding):
                 f"guidance={self.guidance} needs --label=NAME or --use_label")
         require(self.exact_match or not (self.plot or self.show_change),
                 "--plot and --show_change need answers; leave out --exact_match=False")
-        without_effect(self, "--plot", self.plot, "controls")
         without_effect(self, "answers", self.exact_match, "votes", "samples", "run_code")
         require(not self.show_change or several == 1 < n_steps,
                 f"--show_change compares one answer at two numbers of steps, as with --steps=1,16; there are "
@@ -142,7 +139,7 @@ def labels_of(config, model, checkpoint, manifest, problems):
               for p in problems]
     if strange := set(wanted) - set(names if has_path else ()):
         known = ", ".join(names) if has_path else "none, for want of a path"
-        raise UserError(f"error: --use_label needs the labels {sorted(strange)}, but those of "
+        raise UserError(f"--use_label needs the labels {sorted(strange)}, but those of "
                         f"{config.out_dir} are: {known}; leave it out")
     return [names.index(name) for name in wanted]
 
@@ -167,7 +164,7 @@ def show_change(exam, decoding, records):
     print(report.format_trace(output, tokens, exam.encoding, sys.stdout.isatty()))
 
 
-def show(exam, decoding, results, records, path, controls):
+def show(exam, decoding, results, records, path):
     """Print the table, mistakes and a change; write results and figure to path.json and path.png."""
     config, rows = exam.config, results["rows"]
     print(f"{config.out_dir} on {exam.n} problems of {config.split}, solver {config.solver}, "
@@ -183,7 +180,7 @@ def show(exam, decoding, results, records, path, controls):
     report.write_results(f"{path}.json", results)
     print(f"\nwritten to {path}.json")
     if config.plot:
-        write_file(f"{path}.png", lambda file: report.plot(file, results, controls))
+        write_file(f"{path}.png", lambda file: report.plot(file, results))
         print(f"figure: {path}.png")
     if config.show_change:
         show_change(exam, decoding, records)
@@ -192,7 +189,8 @@ def show(exam, decoding, results, records, path, controls):
 # ------------------------------------------------------------------------------------------------ main
 def evaluate(config, ranks):
     exam, decodings, same = set_up(config, ranks)
-    controls = report.read_controls(config, same["problems_sha256"]) if config.plot else []
+    if config.plot:
+        report.pyplot("--plot")                                          # fail now, not after the work
     folder = os.path.join(config.out_dir, "eval")
     part = f"_first{exam.n}" if exam.n < len(exam.data.problems) else ""     # never in place of all problems
     key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
@@ -221,8 +219,7 @@ def evaluate(config, ranks):
     if ranks.main:
         made = {k: v for k, v in same.items() if k.endswith("sha256")} | report.provenance(exam.device)
         results = {"config": asdict(config), "rows": [row | made for row in rows]} | made
-        path = os.path.join(folder, f"{config.split}{part}_{key}")
-        show(exam, decodings[-1], results, records, path, controls)
+        show(exam, decodings[-1], results, records, os.path.join(folder, f"{config.split}{part}_{key}"))
 
 
 def main(argv=None):

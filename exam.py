@@ -74,7 +74,7 @@ def append(path, records):
             if file.write(data) < len(data):
                 raise OSError(0, "no space left")
     except OSError as e:
-        raise UserError(f"error: cannot write {path}: {e.strerror}; the answers in it are kept: make room, "
+        raise UserError(f"cannot write {path}: {e.strerror}; the answers in it are kept: make room, "
                         "and run it again") from None
 
 
@@ -134,7 +134,7 @@ def answers(exam, decoding, path):
     assert n_shared_out == exam.n, f"the ranks have {n_shared_out} problems together, of {exam.n}"
     done = read_answers(path, config.samples)                            # of all ranks
     if missing := exam.n - sum(i in done for i in range(exam.n)):
-        raise UserError(f"error: {missing} of {exam.n} answers are not in {path}; it must be one file for "
+        raise UserError(f"{missing} of {exam.n} answers are not in {path}; it must be one file for "
                         "all ranks, that only evaluate.py writes. Run it again: what is there is kept")
     return [done[i] for i in range(exam.n)]
 

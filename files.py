@@ -32,7 +32,7 @@ def write_file(path, write):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"error: cannot write {path}: {e.strerror or e}; is there space, "
+        raise UserError(f"cannot write {path}: {e.strerror or e}; is there space, "
                         "and may you write there?") from None
     finally:                                                 # after an error or Ctrl-C; a success leaves none
         with suppress(OSError):
@@ -63,13 +63,13 @@ def lock(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"error: {folder} is in use by process {file.read().strip() or 'unknown'}; "
+            raise UserError(f"{folder} is in use by process {file.read().strip() or 'unknown'}; "
                             "wait for its end, stop it, or choose another folder") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
     except OSError as e:
-        raise UserError(f"error: cannot write {path}: {e.strerror or e}") from None
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
     return file
 
 
@@ -130,7 +130,7 @@ def download(url, path, size=None, sha256=None):
             print(f"{url}: {why}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
             time.sleep(wait)
     except OSError as e:                                     # disk full, no permission, and those raised here
-        raise UserError(f"error: cannot download {url} to {path}: {e.strerror or e}") from None
+        raise UserError(f"cannot download {url} to {path}: {e.strerror or e}") from None
 
 
 def request(url, part, etag, size):

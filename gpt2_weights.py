@@ -11,7 +11,7 @@ from urllib.parse import urljoin, urlsplit
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, require
 from files import TIMEOUT, download
 from model import GPTConfig
 
@@ -49,7 +49,7 @@ def load_gpt2(name):
         if path.parent.parent != Path("data/weights"):       # the hub's, whose heads are known
             print(f"note: there is no {config}; assumed {n_head} heads of 64, as every released GPT-2 has")
     else:
-        raise UserError(f"error: {path} does not tell the number of heads; put its config.json beside it")
+        raise UserError(f"{path} does not tell the number of heads; put its config.json beside it")
     return {k: v.float() for k, v in tensors.items()}, n_head, path
 
 
@@ -68,15 +68,14 @@ def find_weights(path, name):
         remedy = f"it hides the hub's name, so for those weights write --trunk=openai-community/{name}"
     else:
         remedy = f"fetch {FILE} into it"
-    raise UserError(f"error: the folder {path} has no {FILE} (it has: {found}); {remedy}")
+    raise UserError(f"the folder {path} has no {FILE} (it has: {found}); {remedy}")
 
 
 def download_weights(name):
     """The path of the weights with that hub name, fetched to data/weights if they are not there yet."""
     size = name.removeprefix("openai-community/")
-    if size not in GPT2_SIZES:
-        raise UserError(f"error: no such trunk: {name!r} is neither a file, a directory nor one of "
-                        f"{', '.join(GPT2_SIZES)}")
+    require(size in GPT2_SIZES, f"no such trunk: {name!r} is neither a file, a directory nor one of "
+            f"{', '.join(GPT2_SIZES)}")
     path = Path("data/weights") / size / FILE
     if path.exists():
         return path
@@ -101,10 +100,9 @@ def hash_of_the_hub(url):
             at = target                                      # a mirror's own redirect
         reply.raise_for_status()
     except requests.RequestException as e:
-        raise UserError(f"error: cannot reach {url} ({e}); fetch {FILE} by hand and pass its path") from None
-    if not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise UserError(f"error: {url} comes without a sha256 (X-Linked-Etag) to check it against; fetch it "
-                        "by hand and pass its path")
+        raise UserError(f"cannot reach {url} ({e}); fetch {FILE} by hand and pass its path") from None
+    require(re.fullmatch("[0-9a-f]{64}", sha256), f"{url} comes without a sha256 (X-Linked-Etag) to check it "
+            "against; fetch it by hand and pass its path")
     return sha256
 
 
@@ -116,16 +114,15 @@ def check_config(path, tensors):
         if type(n_head) is not int or n_head < 1:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"error: {path} is not the config of a GPT-2: it must be a JSON object with "
+        raise UserError(f"{path} is not the config of a GPT-2: it must be a JSON object with "
                         "n_head, a whole number above 0") from None
     (vocab_size, n_embd), n_positions = tensors["wte.weight"].shape, tensors["wpe.weight"].shape[0]
     n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
     ours = OURS | {"n_inner": (None, 4 * n_embd), "vocab_size": (vocab_size,), "n_embd": (n_embd,),
                    "n_positions": (n_positions,), "n_layer": (n_layer,)}
     for key, values in ours.items():
-        if config.get(key, values[0]) not in values:
-            raise UserError(f"error: {path} has {key}={config[key]}, but GPT-2 with these weights has "
-                            f"{values[0]}; they would give other logits here")
+        require(config.get(key, values[0]) in values, f"{path} has {key}={config.get(key)}, but GPT-2 with these "
+                f"weights has {values[0]}; they would give other logits here")
     return n_head
 
 
@@ -136,7 +133,7 @@ def read_sharded(path):
         files = {file: read_safetensors(path.parent / file) for file in sorted(set(places.values()))}
         return {name: files[file][name] for name, file in places.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"error: {path} does not fit the files beside it ({type(e).__name__}: {e}); fetch "
+        raise UserError(f"{path} does not fit the files beside it ({type(e).__name__}: {e}); fetch "
                         "all of them again") from None
 
 
@@ -146,16 +143,16 @@ def read_safetensors(path):
               "I64": torch.int64, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
     def bad(what):
-        return UserError(f"error: {path} is not a valid .safetensors file ({what}); replace it")
+        return UserError(f"{path} is not a valid .safetensors file ({what}); replace it")
 
     try:
         data = bytearray(os.path.getsize(path))
         with open(path, "rb") as f:
             del data[f.readinto(data):]
     except OSError as e:
-        raise UserError(f"error: cannot read the weights at {path}: {e.strerror}") from None
+        raise UserError(f"cannot read the weights at {path}: {e.strerror}") from None
     if data[:2] in (b"PK", b"\x80\x02"):
-        raise UserError(f"error: {path} is a pickle of PyTorch, which may run code; give a .safetensors file")
+        raise UserError(f"{path} is a pickle of PyTorch, which may run code; give a .safetensors file")
     if len(data) < 8 or (n := struct.unpack("<Q", data[:8])[0]) > 100_000_000 or n + 8 > len(data):
         raise bad("its header is cut short")
     try:
@@ -189,14 +186,13 @@ def clean_names(tensors, path):
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
             continue                                         # the causal mask of old files; the tied head
-        if not tensor.is_floating_point():
-            raise UserError(f"error: {path}: {name} holds {tensor.dtype}, not floating-point numbers; "
-                            "fetch the weights without quantization")
+        require(tensor.is_floating_point(), f"{path}: {name} holds {tensor.dtype}, not floating-point "
+                "numbers; fetch the weights without quantization")
         conv1d = name.endswith(transposed) and tensor.dim() == 2     # checkpoints have Conv1D: (in, out)
         out[name] = tensor.t() if conv1d else tensor
     head = tensors.get("lm_head.weight")
     if head is not None and not torch.equal(head, out.get("wte.weight", torch.empty(0))):
-        raise UserError(f"error: {path}: lm_head.weight differs from wte.weight; GPT-2's head is tied")
+        raise UserError(f"{path}: lm_head.weight differs from wte.weight; GPT-2's head is tied")
     if any(name not in out or out[name].dim() != 2 for name in ("wte.weight", "wpe.weight")):
-        raise UserError(f"error: {path} has no matrices wte.weight and wpe.weight; it is not GPT-2")
+        raise UserError(f"{path} has no matrices wte.weight and wpe.weight; it is not GPT-2")
     return out

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, discard_output
+from configurator import UserError, discard_output, require
 
 
 def pick_device(want):
@@ -19,11 +19,10 @@ def pick_device(want):
     if want == "cpu" or want == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("error: --device=cuda, but this machine, or its torch, has no CUDA; use --device=cpu")
+        raise UserError("--device=cuda, but this machine, or its torch, has no CUDA; use --device=cpu")
     local, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local >= n:
-        raise UserError(f"error: rank {local} of this host has no GPU of its own, there are {n}; use "
-                        f"torchrun --nproc_per_node={n}")
+    require(local < n, f"rank {local} of this host has no GPU of its own, there are {n}; use torchrun "
+            f"--nproc_per_node={n}")
     torch.cuda.set_device(local)
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention plans anew for every shape, and decoding has a new one for every token
@@ -71,7 +70,7 @@ class Ranks:
         if not 0 <= self.rank < self.world or self.world > 1 and missing:
             names = dict.fromkeys(("RANK", "WORLD_SIZE", *missing))
             values = " ".join(f"{k}={os.environ.get(k)}" for k in names)
-            raise UserError(f"error: {values} in the environment do not go together; start several ranks by "
+            raise UserError(f"{values} in the environment do not go together; start several ranks by "
                             "torchrun, or unset these for one process")
         if self.world > 1:                                        # the timeout outlasts rank 0's downloads
             handlers = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -80,7 +79,7 @@ class Ranks:
                                         timeout=timedelta(hours=1),
                                         device_id=device if device.type == "cuda" else None)
             except Exception as e:                                # of many kinds, by what is wrong
-                raise UserError(f"error: the ranks did not meet at {os.environ['MASTER_ADDR']}:"
+                raise UserError(f"the ranks did not meet at {os.environ['MASTER_ADDR']}:"
                                 f"{os.environ['MASTER_PORT']} ({e}); check that address") from None
             for s, handler in handlers.items():                   # while waiting, Python could not run them
                 signal.signal(s, handler)
@@ -130,7 +129,7 @@ def ranks_of(device, remedy):
         yield ranks
     except torch.OutOfMemoryError as e:
         why = str(e).splitlines()[0]
-        raise UserError(f"error: out of memory; {remedy} ({why})") from None
+        raise UserError(f"out of memory; {remedy} ({why})") from None
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "Connection" not in str(e):
             raise

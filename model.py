@@ -41,9 +41,9 @@ class GPTConfig:
 
     def __post_init__(self):
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise UserError(f"error: every size of the trunk must be at least 1, not {self}")
+            raise UserError(f"every size of the trunk must be at least 1, not {self}")
         if self.n_embd % self.n_head:
-            raise UserError(f"error: n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
+            raise UserError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
 
 
 def borrow(module, name, value):

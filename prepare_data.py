@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, require, run
 from files import lock, write_file
 from tasks import SEED, TASKS, Problem, check_gold, rows
 from tokens import ENDOFTEXT, encode_text, fingerprint, load_tokenizer
@@ -59,10 +59,9 @@ def encode_split(encoding, split, problems, label_names, drop_long):
     if long:
         message = f"{len(long)} problems of {split} are longer than {MAX_TOKENS} tokens, first {long[0]}"
         if split in TRAINING and not drop_long:
-            raise UserError(f"error: {message}; shorten them, or leave them out with --drop_long")
+            raise UserError(f"{message}; shorten them, or leave them out with --drop_long")
         print(f"note: {message}; " + ("left out" if split in TRAINING else "kept; what does not fit is cut"))
-    if not kept:
-        raise UserError(f"error: no problem of {split} has at most {MAX_TOKENS} tokens")
+    require(kept, f"no problem of {split} has at most {MAX_TOKENS} tokens")
     lengths = np.array(lengths)
     arrays = dict(tokens=np.array(tokens, dtype=np.uint16), mask=np.array(mask, dtype=bool),
                   offsets=np.concatenate([[0], lengths.sum(1).cumsum()]).astype(np.int64),
@@ -83,19 +82,13 @@ def make(name, options, folder):
     for split, n in task.counts.items():
         if len(splits.get(split, [])) != n:
             print(f"note: {split} has {len(splits.get(split, []))} problems, the original {n}")
-    if subset := getattr(options, "subset", 0):
-        n = len(splits.get("train", []))
-        if not 1 <= subset <= n:
-            raise UserError(f"error: --subset={subset} is out of range: 1 to {n}, or 0 for all")
-        splits["train"] = splits["train"][:subset]
     seen = {p.prompt for split in ("train", "mix") for p in splits.get(split, ())}
     for split, problems in splits.items():                   # in their order, not a set's
         if split not in ("train", "mix") and (n := sum(p.prompt in seen for p in problems)):
             print(f"note: {n} questions of {split} are in the training data, too: what is measured there is "
                   "in part what was learned by heart")
     label_names = list(task.labels or sorted({p.label for problems in splits.values() for p in problems}))
-    if len(label_names) > 255:
-        raise UserError(f"error: {len(label_names)} different labels; there may be 255")
+    require(len(label_names) <= 255, f"{len(label_names)} different labels; there may be 255")
     encoding = load_tokenizer(task.tokenizer if options.tokenizer == "auto" else options.tokenizer)
     report, counts, longest = [f"{name}: tokenizer {encoding.name} with {encoding.n_vocab} tokens"], {}, 0
     for split, problems in splits.items():
@@ -123,9 +116,8 @@ def prepare(name, options):
     out_dir = Path(os.path.expanduser(options.out_dir or f"data/{name}"))
     new, made = out_dir / ".new", not out_dir.exists()
     for path in out_dir.glob("*.jsonl"):                     # ours has its .npz beside it
-        if not path.with_suffix(".npz").exists():
-            raise UserError(f"error: {path} was not written by prepare_data.py and would be lost; choose "
-                            f"another --out_dir than {out_dir}")
+        require(path.with_suffix(".npz").exists(), f"{path} was not written by prepare_data.py and would be "
+                f"lost; choose another --out_dir than {out_dir}")
     held = lock(new)                                         # one at a time; and we may write here
     try:
         for path in new.iterdir():                           # of a run that was killed
@@ -139,7 +131,7 @@ def prepare(name, options):
     except BrokenPipeError:
         raise
     except OSError as e:
-        raise UserError(f"error: cannot write {e.filename or out_dir}: {e.strerror}") from None
+        raise UserError(f"cannot write {e.filename or out_dir}: {e.strerror}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
         held.close()
@@ -176,10 +168,10 @@ def load_manifest(data_dir):
         for key in ("task", "tokenizer", "fingerprint", "n_vocab", "eot", "prompt", "shots", "max_tokens"):
             manifest[key]
     except OSError as e:
-        raise UserError(f"error: no prepared data in {data_dir} ({path.name}: {e.strerror}); "
+        raise UserError(f"no prepared data in {data_dir} ({path.name}: {e.strerror}); "
                         f"make it with: {remedy(data_dir)}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"error: {path} is damaged ({type(e).__name__}: {e}); make it again with: "
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); make it again with: "
                         f"{remedy(data_dir)}") from None
     return manifest
 
@@ -188,7 +180,7 @@ def load_split(data_dir, split):
     """One split of prepared data, a Split. Raises UserError if it is missing or damaged."""
     manifest = load_manifest(data_dir)
     if split not in manifest["counts"]:
-        raise UserError(f"error: {data_dir} has no split {split!r}; it has {', '.join(manifest['counts'])}")
+        raise UserError(f"{data_dir} has no split {split!r}; it has {', '.join(manifest['counts'])}")
     n, path = manifest["counts"][split], Path(os.path.expanduser(data_dir)) / f"{split}.npz"
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -209,7 +201,7 @@ def load_split(data_dir, split):
         if wrong:
             raise ValueError(f"inconsistent {', '.join(wrong)}")
     except (Exception, UserError) as e:      # zipfile and numpy raise anything on a damaged file
-        raise UserError(f"error: {path.with_suffix('')}.npz and .jsonl are missing or damaged ({e}); "
+        raise UserError(f"{path.with_suffix('')}.npz and .jsonl are missing or damaged ({e}); "
                         f"make them again with: {remedy(data_dir)}") from None
     return Split(tokens, mask, offsets, labels, problems)
 
@@ -225,10 +217,10 @@ def main(argv=None):
         return
     if argv[0] not in TASKS:
         guess = "".join(f"; did you mean {near}?" for near in get_close_matches(argv[0], TASKS, 1))
-        raise UserError(f"error: unknown task {argv[0]!r}{guess} Usage: {USAGE}")
+        raise UserError(f"unknown task {argv[0]!r}{guess} Usage: {USAGE}")
     for word in argv[1:]:
         if not word.startswith("-"):  # configure would take it for a config file
-            raise UserError(f"error: unexpected word {word!r}; options are written --option=value")
+            raise UserError(f"unexpected word {word!r}; options are written --option=value")
     usage = f"python prepare_data.py {argv[0]} [--option=value ...]"
     prepare(argv[0], configure(TASKS[argv[0]].options, argv[1:], usage))
 

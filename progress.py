@@ -75,7 +75,7 @@ class Log:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(record) + "\n")
             except OSError as e:
-                raise UserError(f"error: cannot write {self.path}: {e.strerror}") from None
+                raise UserError(f"cannot write {self.path}: {e.strerror}") from None
 
 
 def report(run, config, ranks, loss_sum, norm, tokens, start):
@@ -97,6 +97,6 @@ def stop_if_bad(in_a_row, t, losses, run, config):
     bins = sorted(set((t[bad] * N_BINS).long().tolist())) if t is not None else []
     where = "its loss" if bad.any() else "the gradient of its loss"
     at_t = " at t in " + ", ".join(f"[{b / N_BINS}, {(b + 1) / N_BINS}]" for b in bins) if bins else ""
-    raise UserError(f"error: step {run.step} and the {int(in_a_row) - 1} before: {where} is not finite"
+    raise UserError(f"step {run.step} and the {int(in_a_row) - 1} before: {where} is not finite"
                     f"{at_t}. They changed nothing; {config.out_dir}/last.pt holds step {run.saved}. Lower "
                     "learning_rate, or use another dtype")

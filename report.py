@@ -2,7 +2,6 @@
 What an evaluation says: statistics, the rows of its table, the table as text, as a file, as a figure.
 """
 import fcntl
-import glob
 import json
 import math
 import os
@@ -13,7 +12,6 @@ from statistics import fmean
 
 import torch
 
-from checkpoint import load_checkpoint
 from configurator import UserError
 from files import write_file
 from tasks import pass_at_k
@@ -205,45 +203,20 @@ def pyplot(option):
     try:
         import matplotlib
     except ImportError:
-        raise UserError(f"error: {option} needs matplotlib: pip install matplotlib") from None
+        raise UserError(f"{option} needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
 
 
-def read_controls(config, problems_sha256):
-    """[(name, row)] of the out_dirs in config.controls: each one's latest evaluation on the same problems."""
-    pyplot("--plot")                                                     # fail now, not after the work
-    controls, names = [], ("split", "temperature", "top_k", "votes", "samples", "shots", "limit",
-                           "max_new_tokens", "checkpoint")
-    same = {name: getattr(config, name) for name in names}
-    for out_dir in filter(None, config.controls.split(",")):
-        paths = glob.glob(os.path.join(glob.escape(out_dir), "eval", "*.json"))
-        weights = load_checkpoint(os.path.join(out_dir, f"{config.checkpoint}.pt"))["sha256"]
-        rows = [r["rows"][0] for r in map(read_results, sorted(paths, key=os.path.getmtime))
-                if r["rows"] and "strict" in r["rows"][0] and r["problems_sha256"] == problems_sha256
-                and r.get("weights_sha256") == weights                   # those that are there now
-                and all(r["config"].get(name) == value for name, value in same.items())]
-        if not rows:
-            options = " ".join(f"--{name}={value}" for name, value in same.items())
-            raise UserError(f"error: {out_dir} has no evaluation on the same problems at the same settings; "
-                            f"run: python evaluate.py --out_dir={out_dir} --steps=1 {options}")
-        controls.append((os.path.basename(os.path.normpath(out_dir)), rows[-1]))
-    return controls
-
-
-def plot(file, results, controls):
-    """Share right against path calls per token, 95% intervals, as PNG; controls [(name, row)] as lines."""
+def plot(file, results):
+    """Share right against path calls per token, with 95% intervals, as PNG."""
     plt, rows = pyplot("--plot"), results["rows"]
     x, y = [row["nfe"] for row in rows], [row["strict"] for row in rows]
     bars = [[abs(row["strict"] - row["interval"][end]) for row in rows] for end in (0, 1)]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.errorbar(x, y, bars, marker="o", capsize=3, label="L2D")
-    for i, (name, row) in enumerate(controls):
-        axes.axhline(row["strict"], color=f"C{i + 1}", linestyle="--", label=name)
-        axes.axhspan(*row["interval"], color=f"C{i + 1}", alpha=0.1)
+    axes.errorbar(x, y, bars, marker="o", capsize=3)
     split, n = results["config"]["split"], rows[0]["n"]
     axes.set(xlabel="path calls per token", ylabel=f"share right ({split}, n = {n})")
-    axes.legend()
     figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

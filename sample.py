@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from checkpoint import load
-from configurator import UserError, at_least, configure, run, without_effect
+from configurator import UserError, at_least, configure, require, run, without_effect
 from decode import Decoding, generate
 from packed import pack
 from report import format_trace
@@ -39,19 +39,19 @@ def label_of(config, model, checkpoint):
     """The number of the label that config names. UserError for what the checkpoint does not have."""
     names, out_dir = checkpoint["data"]["label_names"], config.out_dir
     if model.path is None and config.steps > 1:
-        raise UserError(f"error: {out_dir} holds a trunk without a path, which has only --steps=1, not "
+        raise UserError(f"{out_dir} holds a trunk without a path, which has only --steps=1, not "
                         f"{config.steps}; train a path on it: python train.py --trunk={out_dir}/best.pt "
                         f"--data_dir={checkpoint['config']['data_dir']} --out_dir=out/l2d")
     if config.label and (model.path is None or config.label not in names):
         known = ", ".join(names) if model.path else "none, for want of a path"
-        raise UserError(f"error: label={config.label!r}, but the labels of {out_dir} are: {known}")
+        raise UserError(f"label={config.label!r}, but the labels of {out_dir} are: {known}")
     if config.guidance != 1 and not config.label:
-        raise UserError(f"error: guidance={config.guidance} needs a --label: one of {', '.join(names)}")
+        raise UserError(f"guidance={config.guidance} needs a --label: one of {', '.join(names)}")
     if config.guidance != 1 and config.steps <= 2:
-        raise UserError(f"error: guidance={config.guidance} acts through x_t, needs --steps=3 or more, not "
+        raise UserError(f"guidance={config.guidance} acts through x_t, needs --steps=3 or more, not "
                         f"{config.steps}: the last is read with the label alone")
     if config.label and config.steps == 1:
-        raise UserError(f"error: label={config.label!r} does nothing at steps=1, which is the trunk alone; "
+        raise UserError(f"label={config.label!r} does nothing at steps=1, which is the trunk alone; "
                         "use --steps=2 or more")
     return names.index(config.label) if config.label else model.no_label
 
@@ -63,9 +63,8 @@ def main(argv=None):
     model, encoding, checkpoint = load(config.out_dir, config.checkpoint, config.device, config.dtype)
     label = label_of(config, model, checkpoint)
     prompt = encode_question(encoding, checkpoint["data"]["prompt"], config.prompt)
-    if len(prompt) > model.trunk.config.block_size:
-        raise UserError(f"error: the prompt has {len(prompt)} tokens, but the model only "
-                        f"{model.trunk.config.block_size} positions; shorten it")
+    require(len(prompt) <= model.trunk.config.block_size, f"the prompt has {len(prompt)} tokens, but the "
+            f"model only {model.trunk.config.block_size} positions; shorten it")
     pack(model)
     start, outputs = time.time(), []
     for first in range(0, config.num_samples, AT_ONCE):

@@ -23,7 +23,7 @@ from typing import Callable, Literal, NamedTuple
 import sandbox
 import scoring
 from arithmetic import STYLES, bucket, in_style, mix_problem, styled, task_problem
-from configurator import UserError
+from configurator import UserError, require
 from files import download, file_sha256
 from scoring import boxed, cut, majority, normalise
 from tokens import PROMPT
@@ -87,13 +87,12 @@ def allow_code(problems, run_code):
     """Raises UserError if problems need the model's code to be run, and it may not or cannot be."""
     needs = next((p for p in problems if p.test), None)
     if needs and not run_code:
-        raise UserError(f"error: {needs.task} is scored by running the code that the model writes, in a "
+        raise UserError(f"{needs.task} is scored by running the code that the model writes, in a "
                         "process with limits; allow it with --run_code")
     if needs:
         _, passed, lacks = sandbox.run("import collections, heapq, math, re, typing")
-        if not passed:
-            raise UserError("error: no Python runs in the sandbox here; run as an ordinary user, not as "
-                            "root, with a Python that everybody may read")
+        require(passed, "no Python runs in the sandbox here; run as an ordinary user, not as root, with a "
+                "Python that everybody may read")
         if lacks:
             print(f"note: the sandbox of the model's code lacks here: {', '.join(lacks)}")
 
@@ -106,7 +105,7 @@ def check_gold(problem):
     tail = text.split("####", 1)[1].strip() if "####" in text and not problem.test else "0"
     whole = re.fullmatch(plain, tail) and cut(text, task.stops) == text
     if not whole or strict is None or strict != flexible:
-        raise UserError(f"error: {problem.where}: scoring cannot read the whole answer, which ends in "
+        raise UserError(f"{problem.where}: scoring cannot read the whole answer, which ends in "
                         f"{text[-40:]!r}; expected {task.expects}")
 
 
@@ -134,7 +133,6 @@ class Generated(Options):
 @dataclass(frozen=True)
 class Files(Options):
     source: str = ""                 # folder of the task's files, or its only file; default: download
-    subset: int = 0                  # keep this many training problems; 0 keeps all
 
 @dataclass(frozen=True)
 class HeldOut(Files):
@@ -147,7 +145,6 @@ class Mix(Options):
     mbpp: str = ""
     mmlu: str = ""
     math: str = ""                   # MATH with its train.jsonl; default: leave it out
-    subset: int = 0                  # keep this many training problems; 0 keeps all
 
 
 def generated(name, style=None):
@@ -156,8 +153,7 @@ def generated(name, style=None):
         counts = dict(train=options.train, val=500, test=1000, mix=options.mix, mix_val=500, mix_test=1000)
         splits = {}
         for split, count in counts.items():
-            if not 1 <= count <= 1_000_000:
-                raise UserError(f"error: --{split}={count} is out of range: 1 to 1000000")
+            require(1 <= count <= 1_000_000, f"--{split}={count} is out of range: 1 to 1000000")
             rng, found = random.Random(f"{options.seed} {split}"), {}    # its own: sizes do not interact
             make = mix_problem if split.startswith("mix") else task_problem
             while len(found) < count:
@@ -194,9 +190,9 @@ def rows(path):
         data = Path(path).read_bytes()
         lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig").split("\n")
     except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f"error: cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"error: {path} is not UTF-8 text: {e}") from None
+        raise UserError(f"{path} is not UTF-8 text: {e}") from None
     for number, line in enumerate(lines, 1):                 # not splitlines: U+2028 may be in a string
         if line.strip():
             where = f"{path} line {number}"
@@ -204,7 +200,7 @@ def rows(path):
                 row = json.loads(line)
                 json.dumps(row, ensure_ascii=False).encode()             # a lone surrogate is no text
             except (ValueError, RecursionError, MemoryError) as e:
-                raise UserError(f"error: {where} is not JSON that can be read: {e}") from None
+                raise UserError(f"{where} is not JSON that can be read: {e}") from None
             yield row, where
 
 
@@ -213,7 +209,7 @@ def texts(row, where, *keys):
     for key in keys:
         if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
             expected = ", ".join(f'"{k}": "..."' for k in keys)
-            raise UserError(f'error: {where} has no text "{key}"; expected {{{expected}}}')
+            raise UserError(f'{where} has no text "{key}"; expected {{{expected}}}')
     return [row[key].replace("\r\n", "\n") for key in keys]
 
 
@@ -231,12 +227,12 @@ def obtain(options, folder, sources, file, url="", size=None, sha256=None, lone=
     path = path if lone and path.is_file() else path / file
     if not options.source:
         if not url.startswith("https:"):
-            raise UserError(f"error: this is not downloaded; give --source=DIR, a folder with {file}{url}")
+            raise UserError(f"this is not downloaded; give --source=DIR, a folder with {file}{url}")
         download(url, path, size, sha256)
     try:
         sources[file] = file_sha256(path)
     except OSError as e:
-        raise UserError(f"error: cannot read {path}: {e.strerror}; --source needs {file} in it") from None
+        raise UserError(f"cannot read {path}: {e.strerror}; --source needs {file} in it") from None
     if sha256 and sources[file] != sha256:
         print(f"note: {path} is not the original file (sha256 {sources[file]})")
     return path
@@ -255,8 +251,7 @@ def from_lines(make, files, optional=()):
                 continue
             path = obtain(options, folder, sources, file, *known, lone=len(files) == 1 + len(optional))
             found = [make(row, where, options) for row, where in rows(path)]
-            if not found:
-                raise UserError(f"error: {path} holds no problems")
+            require(found, f"{path} holds no problems")
             for own, problem in found:
                 splits.setdefault(own or split, []).append(problem)
         if hasattr(options, "val") and "train" in splits and "val" not in splits:
@@ -271,9 +266,8 @@ def hold_out(splits, n):
         question = problem.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
         return hashlib.sha256(f"{SEED} {question}".encode()).digest()
     train = sorted(splits["train"], key=place)
-    if not 1 <= n < len(train):
-        raise UserError(f"error: --val={n} problems cannot be held out from {len(train)}; at least {n + 1} "
-                        f"are needed, or --val=N with N from 1 to {len(train) - 1}")
+    require(1 <= n < len(train), f"--val={n} problems cannot be held out from {len(train)}; at least {n + 1} "
+            f"are needed, or --val=N with N from 1 to {len(train) - 1}")
     others = {split: problems for split, problems in splits.items() if split not in ("train", "val")}
     return {"train": train[n:], "val": train[:n], **others}
 
@@ -292,7 +286,7 @@ def jsonl(row, where, options):                              # a user's own
 def competition(row, where, options):                        # MATH
     question, solution = texts(row, where, "problem", "solution")
     if "answer" in row and normalise(*texts(row, where, "answer")) != normalise(boxed(solution) or ""):
-        raise UserError(f"error: {where}: the solution does not box its answer {row['answer']!r}")
+        raise UserError(f"{where}: the solution does not box its answer {row['answer']!r}")
     problem = worked("math", question, solution, "math", where, options)
     return "", problem._replace(subject=str(row.get("subject") or row.get("type") or ""))
 
@@ -308,7 +302,7 @@ def mbpp(row, where, options):
     question, code = (text.strip() for text in texts(row, where, "text", "code"))
     tests, number, setup = row.get("test_list"), row.get("task_id"), row.get("test_setup_code")
     if not is_texts(tests) or not is_texts([setup or ""]) or type(number) is not int:
-        raise UserError(f"error: {where} needs a list of texts test_list and a number task_id")
+        raise UserError(f"{where} needs a list of texts test_list and a number task_id")
     split = "dev" if number <= 10 else "test" if number <= 510 else "val" if number <= 600 else "train"
     prompt = PROMPT.format("\n".join([question, *tests]))
     test = "\n".join([setup or "", *tests])
@@ -318,7 +312,7 @@ def mbpp(row, where, options):
 def multiple_choice(name, question, options, letter, subject, where):
     letter = letter.strip()
     if not 2 <= len(options) <= len(LETTERS) or letter not in list(LETTERS[:len(options)]):
-        raise UserError(f"error: {where} has {len(options)} options and the answer {letter!r}; expected 2 to "
+        raise UserError(f"{where} has {len(options)} options and the answer {letter!r}; expected 2 to "
                         f"{len(LETTERS)} options and the letter of one")
     lines = [question.strip(), *(f"{c}. {option}" for c, option in zip(LETTERS, options))]
     choices = tuple(f" {c}" for c in LETTERS[:len(options)])
@@ -329,8 +323,7 @@ def multiple_choice(name, question, options, letter, subject, where):
 def mmlu_pro(row, where, options):
     question, letter, subject = texts(row, where, "question", "answer", "category")
     given = row.get("options")
-    if not is_texts(given):
-        raise UserError(f"error: {where} has no list of texts options")
+    require(is_texts(given), f"{where} has no list of texts options")
     return "", multiple_choice("mmlu_pro", question, given, letter, subject, where)
 
 
@@ -347,7 +340,7 @@ def load_mmlu(options, folder):
                 files = {m.name: m for m in tar if m.name.endswith(".csv") and m.isfile()}
                 tables = [(name, tar.extractfile(files[name]).read()) for name in sorted(files)]
         except (tarfile.TarError, OSError, EOFError) as e:
-            raise UserError(f"error: {path} is not a tar archive that can be read: {e}") from None
+            raise UserError(f"{path} is not a tar archive that can be read: {e}") from None
     for name, data in tables:
         if found := re.search(r"(?:^|/)(dev|val|test)/(\w+)_\1\.csv$", name):
             try:
@@ -357,10 +350,9 @@ def load_mmlu(options, folder):
                     splits.setdefault(found[1], []).append(
                         multiple_choice("mmlu", question, given, letter, subject, where))
             except (csv.Error, ValueError) as e:             # a row of one cell, bytes that are no text
-                raise UserError(f"error: {name} is not a table of MMLU: {e}") from None
-    if "test" not in splits:
-        raise UserError(f"error: no test/<subject>_test.csv in {source}; expected MMLU's folders dev, val "
-                        "and test")
+                raise UserError(f"{name} is not a table of MMLU: {e}") from None
+    require("test" in splits, f"no test/<subject>_test.csv in {source}; expected MMLU's folders dev, val and "
+            "test")
     return splits, sources
 
 
@@ -381,7 +373,7 @@ def load_mix(options, folder):
         for split in parts:
             parts[split] += [p._replace(label=task.group) for p in own[split]]
     for problems in parts.values():
-        random.Random(SEED).shuffle(problems)                # --subset and --limit take some of each
+        random.Random(SEED).shuffle(problems)                # --limit takes some of each
     return parts, sources
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import tiktoken
 
 import arithmetic
-from configurator import UserError
+from configurator import UserError, require
 from files import download
 
 PROMPT = "Question: {}\nAnswer:"     # GSM8K's, and of most tasks; the answer follows after a space
@@ -25,8 +25,7 @@ def load_tokenizer(name):
     """The tiktoken Encoding "gpt2" or "arithmetic"; its only special token is <|endoftext|>."""
     if name == "arithmetic":
         return arithmetic_tokenizer()
-    if name != "gpt2":
-        raise UserError(f"error: unknown tokenizer {name!r}; there are gpt2 and arithmetic")
+    require(name == "gpt2", f"unknown tokenizer {name!r}; there are gpt2 and arithmetic")
     # tiktoken looks in this folder for sha1(url). With verified files there it never fetches anything itself.
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or str(Path(__file__).resolve().parent / "data" / "tiktoken")
     os.environ["TIKTOKEN_CACHE_DIR"] = cache
@@ -66,14 +65,13 @@ def fingerprint(encoding):
 def encode_text(encoding, text, where):
     """Token ids of a text. Raises UserError, naming where, if it holds a special token."""
     if ENDOFTEXT in text:            # encode_ordinary would silently spell it with several tokens
-        raise UserError(f"error: {where} contains the special token {ENDOFTEXT}; remove it")
+        raise UserError(f"{where} contains the special token {ENDOFTEXT}; remove it")
     return encoding.encode_ordinary(text)
 
 
 def encode_question(encoding, prompt, question):
     """Token ids of a user's own question in the format of a task, a string with one {} such as PROMPT."""
-    if not question.strip():
-        raise UserError("error: the prompt is empty; write a question")
+    require(question.strip(), "the prompt is empty; write a question")
     return encode_text(encoding, prompt.format(question.strip()), "the prompt")
 
 
@@ -85,6 +83,6 @@ def choice_tokens(encoding, choices):
     *spelt, = map(encoding.encode_ordinary, choices)
     first = spelt[0][:-1]
     if any(ids[:-1] != first for ids in spelt) or len({ids[-1] for ids in spelt}) < len(choices):
-        raise UserError(f"error: no single token of {encoding.name} tells the choices {choices} apart; "
+        raise UserError(f"no single token of {encoding.name} tells the choices {choices} apart; "
                         "leave out the likelihood of letters")
     return first, [ids[-1] for ids in spelt]

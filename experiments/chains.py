@@ -102,7 +102,7 @@ def make_model(method, seed):
     trunk = (Looped if "loop" in method else GPT)(TRUNK)
     if method != "trunk":
         if not (OUT / "trunk.pt").exists():
-            raise UserError(f"error: no {OUT / 'trunk.pt'}; python experiments/chains.py --method=trunk")
+            raise UserError(f"no {OUT / 'trunk.pt'}; python experiments/chains.py --method=trunk")
         trunk.load_state_dict(torch.load(OUT / "trunk.pt", weights_only=True))
     model = L2D(trunk, DiffusionPath(trunk, PATH, 0) if "l2d" in method else None)
     if method == "lora":
@@ -194,7 +194,7 @@ def table():
             continue
         links = links or loaded[0]["links"]
         if any(record["links"] != links for record in loaded):
-            raise UserError(f"error: the runs of {method} in {OUT} were tested on other sequences; move them")
+            raise UserError(f"the runs of {method} in {OUT} were tested on other sequences; move them")
         runs = [{int(T): r for T, r in record["right"].items()} for record in loaded]
         groups[method] = {"seeds": [r["seed"] for r in loaded], "runs": runs,
                           "seconds": [r["seconds"] for r in loaded]}

@@ -27,7 +27,7 @@ from files import write_file
 from report import mcnemar, pyplot, read_results, wilson
 
 DEFAULTS = {f.name: f.default for f in fields(evaluate.Config)}
-NOT_A_CONDITION = {"steps", "batch_size", "draft", "out_dir", "mistakes", "show_change", "plot", "controls",
+NOT_A_CONDITION = {"steps", "batch_size", "draft", "out_dir", "mistakes", "show_change", "plot",
                    "device", "dtype", "max_new_tokens", "split", "checkpoint", "seed", "run_code"}
 NUMBERS = ["strict", "flexible", "nfe", "token_accuracy", "nll", "tokens", "cut", "well_formed"]
 RECORDED = ["path", "command", "commit", "torch", "machine", "weights_sha256"]
@@ -46,7 +46,7 @@ class Config:
 
     def __post_init__(self):
         if bool(self.draw) != bool(self.show or self.lines):
-            raise UserError(f"error: draw={self.draw!r}, show={self.show!r}, lines={self.lines!r}, but a "
+            raise UserError(f"draw={self.draw!r}, show={self.show!r}, lines={self.lines!r}, but a "
                             "figure needs both: --draw=experiments/results_test.json --show=GROUP,GROUP")
 
 
@@ -59,14 +59,14 @@ def read_runs(split):
             continue                                                     # of a split whose name goes on
         evaluation = read_results(path)
         if not evaluation["rows"]:
-            raise UserError(f"error: {path} is damaged or of another version of evaluate.py; move it away, "
+            raise UserError(f"{path} is damaged or of another version of evaluate.py; move it away, "
                             "or evaluate again")
         settings = {name: value for name, value in sorted(evaluation["config"].items())
                     if name not in NOT_A_CONDITION and value != DEFAULTS.get(name)}
         base, seed = re.fullmatch(r"(.*?)(?:_s(\d+))?", Path(path).parts[1]).groups()
         seeds = groups.setdefault(":".join([base, *(f"{k}={v}" for k, v in settings.items())]), {})
         if other := seeds.get(int(seed or 0)):
-            raise UserError(f"error: {other['path']} and {path} are the same condition and training seed "
+            raise UserError(f"{other['path']} and {path} are the same condition and training seed "
                             "(other weights, device, dtype, checkpoint, seed or max_new_tokens make no group "
                             "of their own); move one of them away")
         n = evaluation["rows"][0]["n"]
@@ -74,10 +74,10 @@ def read_runs(split):
     for name, seeds in groups.items():
         if len({evaluation["n"] for evaluation in seeds.values()}) > 1:
             counts = ", ".join(f"{evaluation['path']}: {evaluation['n']}" for evaluation in seeds.values())
-            raise UserError(f"error: the runs of {name} answered different numbers of problems: {counts}; "
+            raise UserError(f"the runs of {name} answered different numbers of problems: {counts}; "
                             "evaluate them on the same data")
     if not groups:
-        raise UserError(f"error: no evaluation matches out/*/eval/{split}_*.json; run: python evaluate.py "
+        raise UserError(f"no evaluation matches out/*/eval/{split}_*.json; run: python evaluate.py "
                         f"--split={split}")
     return groups
 
@@ -173,18 +173,18 @@ def read_groups(config):
         if "groups" not in data:
             raise ValueError("it has no groups")
     except (OSError, ValueError) as e:
-        raise UserError(f"error: cannot read {config.draw}: {e}; python experiments/results.py "
+        raise UserError(f"cannot read {config.draw}: {e}; python experiments/results.py "
                         f"--out={config.draw} writes it") from None
     show, lines = ([name for name in names.split(",") if name] for names in (config.show, config.lines))
     rows = {name: [row for row in data["groups"].get(name, {"rows": []})["rows"] if "strict" in row]
             for name in show + lines}
     for name in rows:
         if not rows[name] or name in lines and rows[name][0]["steps"] != 1:
-            raise UserError(f"error: {config.draw} has no exact match{' at T = 1' * (name in lines)} of a "
+            raise UserError(f"{config.draw} has no exact match{' at T = 1' * (name in lines)} of a "
                             f"group {name!r}; its groups: {', '.join(data['groups'])}")
     called = dict(zip(rows, config.names.split(",") if config.names else rows))
     if len(called) < len(rows):
-        raise UserError(f"error: names={config.names!r} are {len(called)}, but show and lines are "
+        raise UserError(f"names={config.names!r} are {len(called)}, but show and lines are "
                         f"{len(rows)} groups; name them all")
     return rows, called, {name: data["groups"][name]["n"] for name in rows}, data["split"]
 

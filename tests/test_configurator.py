@@ -31,7 +31,7 @@ class Config:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise UserError(f"error: batch_size is {self.batch_size}, expected at least 1")
+            raise UserError(f"batch_size is {self.batch_size}, expected at least 1")
 
 
 @pytest.fixture
@@ -138,9 +138,8 @@ def test_post_init_may_refuse():
 
 def test_config_file(config):
     assert config('"""Docstring."""\n'
-                  "_tokens = 2 ** 10  # helpers are not options\n"
-                  "batch_size = _tokens // 128\n"
-                  "learning_rate = -(1 / 2) + 3 % 2 - 0.25\n"
+                  "batch_size = 8  # a comment\n"
+                  "learning_rate = 2.5e-1\n"
                   "out_dir = ('a'\n"
                   "           'b')\n"
                   "prompt = 'back\\\\slash' \n"
@@ -166,8 +165,7 @@ def test_left_to_right(config):
     assert configure(Config, ["--batch_size=3", "--batch_size=4"]) == Config(batch_size=4)
 
 
-ALLOWED = 'expected a number, a "string", True, False, a name assigned above or arithmetic, found '
-NUMBERS = " is not arithmetic on finite numbers of 64 bits"
+ALLOWED = 'expected a number of 64 bits, a "string", True or False, found '
 
 
 @pytest.mark.parametrize("text, line", [
@@ -176,7 +174,6 @@ NUMBERS = " is not arithmetic on finite numbers of 64 bits"
     ("batch_size = '8'", "1: batch_size is '8', expected an integer such as 8"),
     ("batch_size = True", "1: batch_size is True, expected an integer such as 8"),
     ("batch_size = 8.0", "1: batch_size is 8.0, expected an integer such as 8"),
-    ("batch_size = 8 / 2", "1: batch_size is 4.0, expected an integer such as 8"),
     ("learning_rate = '1'", "1: learning_rate is '1', expected a finite number such as 0.001"),
     ("learning_rate = False", "1: learning_rate is False, expected a finite number such as 0.001"),
     ("compile = 1", "1: compile is 1, expected True or False"),
@@ -191,6 +188,7 @@ NUMBERS = " is not arithmetic on finite numbers of 64 bits"
     ("batch_size += 1", "1: expected name = value, found batch_size += 1"),
     ("batch_size: int = 1", "1: expected name = value, found batch_size: int = 1"),
     ("a, b = 1, 2", "1: expected name = value, found a, b = (1, 2)"),
+    ("_a = 2", "1: unknown option _a (--help lists all)"),
     ("_a = _b = 2", "1: expected name = value, found _a = _b = 2"),
     ("if True:\n  batch_size = 1", "1: expected name = value, found if True:     batch_size = 1"),
     # expressions
@@ -204,20 +202,16 @@ NUMBERS = " is not arithmetic on finite numbers of 64 bits"
     ("compile = not True", "1: " + ALLOWED + "not True"),
     ("compile = true", "1: " + ALLOWED + "true; did you mean True?"),
     ("batch_size = 1 << 3", "1: " + ALLOWED + "1 << 3"),
+    ("batch_size = 8 * 4", "1: " + ALLOWED + "8 * 4"),
+    ("learning_rate = 1 + 2j", "1: " + ALLOWED + "1 + 2j"),
+    ("prompt = {[]: 1}", "1: " + ALLOWED + "{[]: 1}"),
     ("learning_rate = 1j", "1: " + ALLOWED + "1j"),
     ("prompt = gpt2", "1: " + ALLOWED + "gpt2"),
-    ("_width = 1\nbatch_size = _widht", "2: " + ALLOWED + "_widht; did you mean _width?"),
     ("batch_size = batch_size", "1: " + ALLOWED + "batch_size"),
-    ("prompt = 'a' * 1000000000", "1: 'a' * 1000000000" + NUMBERS),
-    ("prompt = 'a' + 'b'", "1: 'a' + 'b'" + NUMBERS),
-    ("batch_size = -True", "1: -True" + NUMBERS),
-    ("learning_rate = 1e999", "1: 1e309" + NUMBERS),
-    ("learning_rate = (-8) ** 0.5", "1: (-8) ** 0.5" + NUMBERS),
-    ("batch_size = 9 ** 9 ** 9 ** 9", "1: 9 ** 9 ** 9" + NUMBERS),
-    ("learning_rate = 9.0 ** 999", "1: 9.0 ** 999" + NUMBERS),
-    ("batch_size = 2 ** 63", "1: 2 ** 63" + NUMBERS),
-    ("batch_size = 1 // 0", "1: integer division or modulo by zero"),
-    ("learning_rate = 0.0 ** -1", "1: 0.0 cannot be raised to a negative power"),
+    ("prompt = 'a' * 1000000000", "1: " + ALLOWED + "'a' * 1000000000"),
+    ("batch_size = -True", "1: " + ALLOWED + "-True"),
+    ("learning_rate = 1e999", "1: " + ALLOWED + "1e309"),
+    ("batch_size = 9223372036854775808", "1: " + ALLOWED + "9223372036854775808"),
     # text
     ("\nbatch_size = = 3", "2: invalid syntax; expected lines of name = value"),
 ])
@@ -226,10 +220,9 @@ def test_config_file_errors(config, text, line):
 
 
 def test_number_limits(config):
-    assert config("batch_size = 2 ** 62 + (2 ** 62 - 1)").batch_size == 2**63 - 1
-    assert config("learning_rate = 1.0001 ** 1000").learning_rate == 1.0001**1000
-    assert config("learning_rate = 10 ** -400").learning_rate == 0.0
-    assert config("learning_rate = 0 ** 2").learning_rate == 0.0
+    assert config("batch_size = 9223372036854775807").batch_size == 2**63 - 1
+    assert config("batch_size = 0x10").batch_size == 16
+    assert config("learning_rate = -1e-400").learning_rate == 0.0
 
 
 @pytest.mark.parametrize("text", ["(" * 9999, "batch_size = " + "-" * 99999 + "1", "batch_size = " + "1+" * 9999 + "1",
@@ -289,24 +282,6 @@ def path(tmp_path_factory):
 def test_round_trip_in_a_file(path, values):
     path.write_text("".join(f"{k} = {v!r}\n" for k, v in values.items()), encoding="utf-8")
     assert configure(Config, [str(path)]) == Config(**values)
-
-
-NUMBER = st.integers(-10**6, 10**6) | st.floats(-1e6, 1e6)
-EXPRESSION = st.recursive(
-    NUMBER.map(repr),
-    lambda e: st.tuples(e, st.sampled_from("+ - * / // % **".split()), e).map(lambda x: f"({' '.join(x)})")
-    | e.map("-{}".format), max_leaves=6)
-
-
-@relaxed
-@given(text=EXPRESSION)
-def test_arithmetic_is_python_s(path, text):
-    path.write_text(f"learning_rate = {text}")
-    try:
-        value = configure(Config, [str(path)]).learning_rate
-    except UserError:
-        return
-    assert value == float(eval(text))  # `text` is our own arithmetic, and small: it was accepted
 
 
 PIECES = st.sampled_from([

@@ -682,24 +682,11 @@ def test_data_that_was_made_anew_is_no_longer_the_runs_own(run, out_dir, arithme
     run("--steps=1", "--limit=2", data_dir=folder)
 
 
-def test_plot(run, out_dir, tmp_path):
+def test_plot(run, out_dir):
     pytest.importorskip("matplotlib")
-    control = Path(shutil.copytree(out_dir, tmp_path / "control"))
-    run("--steps=1", "--limit=8", out_dir=control)
-    _, printed = run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}/")
+    _, printed = run("--steps=1,2", "--limit=8", "--plot")
     (figure,) = (out_dir / "eval").glob("*.png")
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and f"figure: {figure}" in printed
-    checkpoint = torch.load(control / "best.pt")
-    torch.save(checkpoint | {"step": 9}, control / "best.pt")     # other weights than those evaluated
-    with pytest.raises(UserError, match="no evaluation on the same problems"):
-        run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}/")
-    for other in ("--temperature=1", "--limit=7", "--exact_match=False"):
-        control = Path(shutil.copytree(out_dir, tmp_path / other, ignore=shutil.ignore_patterns("eval")))
-        run("--steps=1", "--limit=8", other, out_dir=control)
-        with pytest.raises(UserError, match=f"--out_dir={control} --steps=1 --split=val --temperature=0.0 "
-                                            "--top_k=0 --votes=1 --samples=1 --shots=0 --limit=8 --max_new_tokens=12 "
-                                            "--checkpoint=best"):
-            run("--steps=1,2", "--limit=8", "--plot", f"--controls={control}")
 
 
 @pytest.mark.parametrize("options, parts", [
@@ -716,7 +703,6 @@ def test_plot(run, out_dir, tmp_path):
     (["--steps=-1"], ["steps='-1'"]),
     (["--exact_match=False", "--plot"], ["--plot", "--exact_match=False"]),
     (["--limit=-1"], ["limit=-1"]),
-    (["--controls=out/x"], ["controls=out/x", "without --plot"]),
     *[([f"--{option}", "--temperature=1", "--exact_match=False"], [name, "without answers"]) for option, name in
       (("votes=5", "votes=5"), ("samples=5", "samples=5"), ("run_code", "run_code=True"))],
     (["--top_k=4"], ["top_k=4", "without a temperature"]),

@@ -126,7 +126,7 @@ def fail_on_rank_1():
     def failing(*args):
         if os.environ["RANK"] == "1" and next(count) == 5:
             os.environ["LOCAL_RANK"] = "0"                        # as on a second host, which speaks for itself
-            raise UserError("error: the disk of this host is gone")
+            raise UserError("the disk of this host is gone")
         return draw(*args)
     train.draw_noise, train.report = failing, report
 
@@ -135,7 +135,7 @@ def fail_in_main_first():
     """In the process: what the main rank does before the others fails."""
     from configurator import UserError
     def failing(*args):
-        raise UserError("error: no such trunk")
+        raise UserError("no such trunk")
     if os.environ["RANK"] == "0":
         train.make_model = failing
 

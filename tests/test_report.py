@@ -173,17 +173,15 @@ def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
 
 
 def test_plot_draws_what_was_measured(tmp_path, monkeypatch):
-    """Points, error bars and the controls' lines, read back from the axes."""
+    """Points and error bars, read back from the axes."""
     plt, shown = pytest.importorskip("matplotlib.pyplot"), []
     monkeypatch.setattr(plt, "close", shown.append)
-    control = "lora", full_row(1, 40, 100)
     with open(tmp_path / "x.png", "wb") as file:
-        report.plot(file, results(full_row(1, 30, 100), full_row(4, 45, 100)), [control])
+        report.plot(file, results(full_row(1, 30, 100), full_row(4, 45, 100)))
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     (axes,) = shown[0].axes
-    points, control = axes.lines[0], next(line for line in axes.lines if line.get_label() == "lora")
+    points = axes.lines[0]
     assert points.get_xdata().tolist() == [0, 3] and points.get_ydata().tolist() == [0.3, 0.45]
-    assert set(control.get_ydata()) == {0.4}
     bars = [bar for bars in axes.collections if hasattr(bars, "get_segments") for bar in bars.get_segments()]
     assert sorted(y for (_, low), (_, high) in bars for y in (low, high)) == pytest.approx(
         sorted([*wilson(30, 100), *wilson(45, 100)]))
