@@ -4,7 +4,6 @@ A model sits an exam: the answers that it writes, and what it makes of the true 
 The problems are shared out among the ranks. Written answers are kept in a file as they come. The rest is
 teacher-forced: every target is given its true context, no text is generated, and nothing is kept.
 """
-import json
 import math
 import sys
 import time
@@ -19,7 +18,7 @@ from batches import batch_of
 from configurator import UserError, require
 from decode import generate
 from diffusion import teacher_forced
-from files import read_records
+from files import append_records, read_records
 from machine import Ranks
 from prepare_data import Split
 from tasks import score, vote
@@ -63,19 +62,6 @@ def read_answers(path, k=math.inf):
             isinstance(record.get(name), (int, float)) and 0 <= record[name] <= high
             for name, high in most.items())
     return {record["id"]: record for record in read_records(path) if sound(record)}
-
-
-def append(path, records):
-    """Add records to a JSONL file, in one write: several ranks or runs may do so at once."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    data = f"\n{lines}".encode()                             # behind what a kill may have left of a line
-    try:
-        with open(path, "ab", buffering=0) as file:
-            if file.write(data) < len(data):
-                raise OSError(0, "no space left")
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; the answers in it are kept: make room, "
-                        "and run it again") from None
 
 
 def answer(exam, decoding, ids):
@@ -125,7 +111,7 @@ def answers(exam, decoding, path):
                     disable=not (ranks.main and sys.stderr.isatty()))
     for start in range(0, len(todo), size):
         ids = todo[start:start + size]
-        append(path, answer(exam, decoding, ids))
+        append_records(path, answer(exam, decoding, ids))
         progress.update(len(ids))
         if progress.disable and (start // size) % 4 == 3:
             ranks.say(f"steps={decoding.steps}: {n_done + start + len(ids)}/{len(own)} problems")

@@ -1,6 +1,7 @@
 """
 Files: written whole or not at all, downloaded and verified, locked while somebody works in their folder.
 """
+import errno
 import fcntl
 import hashlib
 import json
@@ -51,6 +52,20 @@ def read_records(path):
             if isinstance(record, dict):
                 records.append(record)
     return records
+
+
+def append_records(path, records):
+    """Add records to a JSONL log, in one write: several ranks or runs may do so at once."""
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+                data = b"\n" + data                          # a kill left half a line
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; what is in it is kept: make room, and run it "
+                        "again") from None
 
 
 def lock(folder):

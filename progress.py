@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from batches import batch_of, draw_noise, generator_for
 from configurator import UserError, require
-from files import read_records, write_file
+from files import append_records, read_records, write_file
 
 N_BINS = 8                          # of t
 
@@ -71,11 +71,7 @@ class Log:
 
     def __call__(self, **record):
         if self.main:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as e:
-                raise UserError(f"cannot write {self.path}: {e.strerror}") from None
+            append_records(self.path, [record])
 
 
 def report(run, config, ranks, loss_sum, norm, tokens, start):

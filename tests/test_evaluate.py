@@ -23,6 +23,7 @@ import prepare_data
 from checkpoint import load, load_checkpoint
 from configurator import UserError
 from decode import Decoding, Generated
+from files import append_records
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
 from prepare_data import load_manifest, load_split
 from report import wilson
@@ -428,8 +429,8 @@ def test_a_stray_rank(out_dir, arithmetic):
 
 
 def test_a_full_disk():
-    with pytest.raises(UserError, match="write /dev/full: No space left on device; the answers in"):
-        exam.append("/dev/full", [{"id": 0}])
+    with pytest.raises(UserError, match="write /dev/full: No space left on device; what is in it"):
+        append_records("/dev/full", [{"id": 0}])
 
 
 def test_a_folder_that_cannot_be_written(run, out_dir):
