@@ -10,7 +10,6 @@ from pathlib import Path
 
 import tiktoken
 
-import arithmetic
 from configurator import UserError, require
 from files import download
 
@@ -42,6 +41,8 @@ def arithmetic_tokenizer():
     and every word and sign of the generator's texts. tiktoken makes one token of a piece that is in the ranks
     as a whole; any other text falls back to smaller pieces, at worst bytes, so everything round-trips.
     """
+    from tasks import arithmetic  # here, for tasks imports this file
+
     pattern = r"Question:|\nAnswer:| = <<|<<|>>|\.\n|####| ?[A-Za-z]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9]|\s"
     rng = random.Random(0)           # not --seed: the vocabulary is the same whatever the data
     problems = [make(rng) for make in (arithmetic.task_problem, arithmetic.mix_problem) for _ in range(3000)]

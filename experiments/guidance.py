@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from arithmetic import in_style
 from checkpoint import load
 from configurator import configure, run
 from decode import Decoding, generate
 from prepare_data import load_split
 from tasks import score
+from tasks.arithmetic import in_style
 from tokens import encode_text
 
 

@@ -12,13 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import memory
 from batches import batch_of
-from bench import SIZES, Config, cost_of_a_pass, flops_of, least_seconds, parameters, random_batch, write
+from bench import Config
 from configurator import UserError
 from decode import Decoding
-from measure import alternate, attention_of, passes_of
-from memory import MODES, Meter, Trainee, random_pair, step_bytes
+from measure import SIZES, alternate, attention_of, decoding, memory, passes_of
+from measure.decoding import cost_of_a_pass, least_seconds, parameters, write
+from measure.memory import MODES, Meter, Trainee, random_pair, step_bytes
+from measure.training import flops_of, random_batch
 from model import Context, PathConfig
 
 CPU, FLOAT, TINY = torch.device("cpu"), torch.float32, SIZES["tiny"]
@@ -215,7 +216,7 @@ def test_memory_of_gpt2_by_hand():
 def test_docs_memory_is_what_memory_py_writes():
     """By two of its rows, text and all."""
     written = memory.text({"gpt2": SIZES["gpt2"]}, ["L2D, full path"])
-    lines = (Path(memory.__file__).parent / "docs/MEMORY.md").read_text().splitlines()
+    lines = (Path(bench.__file__).parent / "docs/MEMORY.md").read_text().splitlines()
     assert written.count("| gpt2 |") == 2 and all(line in lines for line in written.splitlines())
 
 
@@ -278,18 +279,17 @@ def test_the_report_for_a_gpu_in_its_small_form(tmp_path, capsys):
 
 
 def test_a_check_that_fails_is_an_error(monkeypatch, tmp_path):
-    import gpu_report
-    monkeypatch.setattr(gpu_report, "check", lambda *_: {"ranks": (False, "off")})
+    monkeypatch.setattr(bench, "check", lambda *_: {"ranks": (False, "off")})
     with pytest.raises(UserError, match="check ranks"):
         run_main(tmp_path, "--gpu_report", "--decode=False")
 
 
 def test_tokens_that_differ_are_an_error(tmp_path, monkeypatch):
-    real = bench.write
+    real = decoding.write
     def wrong(model, prompts, batch, eot, config, acceptance=1.0):
         out = real(model, prompts, batch, eot, config, acceptance)
         return [dataclasses.replace(o, tokens=[0] + o.tokens) for o in out] if config.steps == 2 else out
-    monkeypatch.setattr(bench, "write", wrong)
+    monkeypatch.setattr(decoding, "write", wrong)
     with pytest.raises(UserError) as e:
         run_main(tmp_path, "--steps=2,3", "--batch=1", "--draft=0")
     assert "T=2, no drafts at batch 1" in str(e.value) and "T=3" not in str(e.value)

@@ -1,5 +1,5 @@
 r"""
-tasks.py and sandbox.py: what an answer is worth, over the whole files of the benchmarks where they are.
+tasks/: what an answer is worth, over the whole files of the benchmarks where they are.
 
 Truths: the authors' own reading of GSM8K, values computed from formulas, the benchmarks' reference solutions,
 enumeration. L2D_FULL=1 runs every reference solution of HumanEval and MBPP; without it a sample.
@@ -21,13 +21,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import sandbox
 import tasks
-from arithmetic import OBJECTS, ONLY, in_style
 from configurator import UserError
-from sandbox import run
-from scoring import boxed, flexible_answer, majority, normalise, strict_answer
-from tasks import TASKS, Problem, allow_code, check_gold, few_shot, pass_at_k, score, vote
+from tasks import TASKS, Problem, allow_code, check_gold, few_shot, pass_at_k, sandbox, score, vote
+from tasks.arithmetic import OBJECTS, ONLY, in_style
+from tasks.sandbox import run
+from tasks.scoring import boxed, flexible_answer, majority, normalise, strict_answer
 from tokens import choice_tokens, load_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -733,9 +732,10 @@ def test_every_task_has_a_group_or_labels_of_its_own():
 def test_no_room_but_tasks_knows_a_task_by_name():
     """No text in the code of the other rooms is a task's name; a tokenizer and a split are called so, too."""
     known = "|".join(TASKS.keys() - {"arithmetic", "mix"})
-    for path in Path(tasks.__file__).parent.glob("*.py"):
+    root = Path(tasks.__file__).parent.parent
+    for path in [*root.glob("*.py"), *(root / "measure").glob("*.py"), *(root / "tasks").glob("[!_]*.py")]:
         code = re.sub(r'r?"""(.|\n)*?"""|#.*', "", path.read_text())
-        assert path.name == "tasks.py" or not re.findall(rf"""["']({known})["']""", code), path
+        assert not re.findall(rf"""["']({known})["']""", code), path
 
 
 def test_a_line_is_read_with_its_number_whatever_it_holds(tmp_path):

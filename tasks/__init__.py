@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
 
-import sandbox
-import scoring
-from arithmetic import STYLES, bucket, in_style, mix_problem, styled, task_problem
 from configurator import UserError, require
 from files import download, file_sha256
-from scoring import boxed, cut, majority, normalise
+from tasks import sandbox, scoring
+from tasks.arithmetic import STYLES, bucket, in_style, mix_problem, styled, task_problem
+from tasks.scoring import boxed, cut, majority, normalise
 from tokens import PROMPT
 
 GROUPS = ("math", "code", "knowledge")

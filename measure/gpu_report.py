@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from bench import SIZES, write
 from decode import Decoding
-from measure import attention_of
-from memory import Trainee, random_pair
+from measure import SIZES, attention_of
+from measure.decoding import write
+from measure.memory import Trainee, random_pair
 
 TINY = SIZES["tiny"]
 

@@ -1,7 +1,7 @@
 """
 How much memory does a training step take? Counted with fake tensors: real shapes, no data, on any machine.
 
-    python memory.py                # writes docs/MEMORY.md: GPT-2 of all sizes, L2D and full finetuning
+    python -m measure.memory        # writes docs/MEMORY.md: GPT-2 of all sizes, L2D and full finetuning
 
 Counted are the bytes of all tensors alive at the worst moment of an optimizer step: weights, gradients, the
 optimizer's state, and what forward and backward hold. On top come the GPU's context, what kernels take for
@@ -116,8 +116,9 @@ MEAN, LONGEST = (159, 96), (422, 228)           # of GSM8K's batches: inputs of 
 CARDS, PARTS = (8, 16, 24, 80), (1, 4, 16)      # GB of memory; values of --grad_accum
 TEXT = """# Memory of a training step
 
-Written by `python memory.py`, from fake tensors: weights in float32, autocast to bfloat16, AdamW, a batch of
-32 examples of GSM8K, no torch.compile. Not yet compared with a GPU: `python bench.py --gpu_report` does that.
+Written by `python -m measure.memory`, from fake tensors: weights in float32, autocast to bfloat16, AdamW, a
+batch of 32 examples of GSM8K, no torch.compile. Not yet compared with a GPU: `python bench.py --gpu_report`
+does that.
 
 GB (10^9 bytes) that stay between steps (weights, the optimizer's state), and at a step's peak: for a batch of
 mean length ({} tokens a row, {} of them targets), and for the longest ({} and {}),

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from gpt2_weights import GPT2_SIZES
+from model import GPTConfig
 from report import aligned
+
+SIZES = GPT2_SIZES | {"tiny": GPTConfig(vocab_size=1024, n_layer=2, n_head=2, n_embd=64)}
+
+
+def numbers(text, kind=int):
+    """The numbers in a text such as 1,8."""
+    return sorted(set(map(kind, text.split(","))))
 
 
 def alternate(variants, repeats, device, title):
