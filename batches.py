@@ -58,7 +58,8 @@ def batches_of_epoch(lengths, batch_size, n_micro, seed):
 
 
 def generator_for(device, *key):
-    """A generator that depends on the key alone: every step, micro-batch and rank draws its own numbers."""
+    """A generator that depends on the key alone, which begins with 0 in training and 1 in validation: every
+    step and micro-batch draws its own numbers, on whatever rank."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
 
@@ -69,8 +70,10 @@ def draw_unroll(most_calls, generator):
 
 
 def draw_noise(config, model, label, n, generator):
-    """What one micro-batch of n targets draws: label (B,) after dropout, t (n,), x_0 (n, D), and None; or,
-    unrolled, T in place of t; or, without a path, the label alone."""
+    """What one micro-batch of n targets draws, for nll: label (B,) after dropout, t (n,), x_0 (n, D), T.
+
+    T is None, unless unrolled: then t is. Without a path t, x_0 and T are None.
+    """
     if model.path is None:
         return label, None, None, None
     t, x_0 = draw(n, config, generator)

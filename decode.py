@@ -26,7 +26,7 @@ from denoiser import Denoiser, Tables, choose
 from diffusion import Sampler, predict
 from model import Context
 
-HALF = 32               # a pass over n positions takes about as long as 1 + n / HALF passes over few
+HALF = 32               # a pass over n positions takes about (1 + n / HALF) times one over a single position
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def accept(rows, draft, y, f, eot):
     traces, n_kept = iter(f.trace or ()), []
     for row, (out, n_valid) in enumerate(zip(rows.out, draft.valid.sum(1).tolist())):
         differs = [j for j in range(n_valid) if refined[row][j] != drafted[row][j]]
-        kept = differs[0] + 1 if differs else n_valid             # the first that differs is right, too
+        kept = differs[0] + 1 if differs else n_valid             # the first that differs had a right context
         out.rejected += [out.predicted + kept - 1] if differs else []
         out.trace += list(islice(traces, n_valid))[:kept]
         out.tokens += refined[row][:kept]

@@ -2,7 +2,14 @@
 What Algorithm 1 asks of the pair: f(x_t, t, c) at N positions, and the guess x_1_hat that moves x_t.
 
 Read x_1_hat and path_call. The rest may be skipped: the stop rule, the count of path calls, the trace, and
-what is computed once for all tokens. Symbols and shapes are those of model.py.
+what is computed once for all tokens. Symbols are those of model.py. The way of a token, at N positions:
+
+                in training: the N targets of a batch       in decoding: K drafted positions of each of B rows
+    trunk       idx (B, T) -> c.h = h[at] (N, C)            K passes over (B, 1) -> (B, K, C) -> c.h (N, C)
+    x_t         t x_1 + (1 - t) x_0, (N, D)                 from x_0 (N, D), by the solver
+    condition   of each t: L x (N, 6C), w_d (N, C)          the same, from a table of each time and label
+    attention   q (N, C) -> (B, T, C), causal -> (N, C)     q (N, C) -> (B, K, C), mask (B, 1, K, S) -> (N, C)
+    logits      (N, V_size), against y (N,)                 (N, V_size) -> y (N,) -> (B, K), a prefix is kept
 """
 import torch
 
@@ -38,8 +45,9 @@ class Tables(dict):
 class Denoiser:
     """What Algorithm 1 asks of the pair at N positions: logits(x_t, t), and the guess x_1_hat(x_t, t).
 
-    The first evaluation, at t = 0, is the trunk's head: no path call. The others are counted in nfe (N,), and
-    leave out the positions that have stopped. latest (N, V_size) logits and guess (N,): of the last one.
+    The first evaluation, at t = 0, is the trunk's head: no path call. The others are counted in nfe (N,).
+    latest (N, V_size) and guess (N,): each position's newest logits and guess. Those of a position that has
+    stopped stay as they are.
 
     c: the Context of the positions. label (N,): guidance labels. x_0 (N, D): the noise it starts from. u (N,
     steps + 1): uniform numbers for sampled guesses. trunk_logits (N, V_size): if known. trace: keep, for each

@@ -6,7 +6,7 @@ alone; L2D reads that as one evaluation at t = 0, and goes on. With Euler's step
 
     x_t = sigma * torch.randn(N, D)
     logits = trunk.head(c.h)                                # T = 1: the untouched model
-    for a, b in pairwise(times):                            # 0, 1/T, ..., (T - 1)/T
+    for a, b in pairwise(times):                            # 0, 1/T, 2/T, ..., below 1
         x_1_hat = V[logits.argmax(-1)]                      # the guess, a point of the token space
         x_t = x_t + (b - a) * (x_1_hat - x_t) / (1 - a)     # Eq. 4: a step towards it
         logits = pair(x_t, b, c)                            # Eq. 6: a path call
@@ -90,10 +90,11 @@ def heun_step(dx, x, a, b):
 def fixed_point_step(dx, x, a, b, x_0, weight):
     """From time a to b on the line from x_0 to m, a mean of the guesses that each call moves by `weight`.
 
-    Every solver here keeps x_t on a line from x_0: x_t = (1 - t) x_0 + t m, where m is a weighted mean of the
-    guesses so far. Euler gives the newest guess the weight (b - a) / ((1 - a) b), which falls with every
-    call. Here it is the same at every call but the first: a relaxed fixed-point iteration m <- x_1_hat
-    (deviation 5). m is read off x_t, so that the step has no state. One evaluation.
+    Every solver here keeps x_t on a line from x_0: x_t = (1 - t) x_0 + t m, where m combines the guesses so
+    far, with weights that sum to 1. Euler gives the newest guess the weight (b - a) / ((1 - a) b): 1 at the
+    first call, and the less the finer the times. Here it is the same at every call but the first: a relaxed
+    fixed-point iteration m <- x_1_hat (deviation 5). m is read off x_t: the step has no state. One
+    evaluation.
     """
     x_1_hat = x + (1 - a) * dx(x, a)
     m = x_1_hat if a == 0 else (x - (1 - a) * x_0) / a
@@ -114,8 +115,8 @@ def adaptive(x_1_hat, x, steps, tol, t_end):
     so that an accepted step costs one evaluation; else it tries again with a smaller dt. With argmax guesses
     e is 0 exactly where the guess has not changed. A position ends at t_end or when its `steps` evaluations
     are spent; the token is then chosen from its last evaluation, be that of an accepted step or of a trial.
-    x_1_hat(x, t, where) is asked for the positions where (N,) bool only. Returns x and t (N,), where each
-    stands.
+    where (N,) bool: the positions still on their way, which alone x_1_hat(x, t, where) evaluates. Returns the
+    x and t (N,) that each has reached.
     """
     t = torch.zeros(len(x), device=x.device)
     dt = torch.full_like(t, 0.25)
@@ -141,7 +142,7 @@ def adaptive(x_1_hat, x, steps, tol, t_end):
 
 SOLVERS = {"euler": (euler_step, 1), "midpoint": (midpoint_step, 2), "heun": (heun_step, 2),
            "fixed_point": (fixed_point_step, 1),              # a step, and the evaluations it takes
-           "adaptive": (euler_step, 1)}                       # see predict
+           "adaptive": (adaptive, 1)}                         # at times of its own: see predict
 
 
 # ----------------------------------------------------------------------------------------- Algorithm 1
@@ -149,7 +150,7 @@ def algorithm_1(f, x_0, times, step=euler_step):
     """Algorithm 1 of the paper, for N tokens at once: logits (N, V_size) of the last of T evaluations.
 
     f: a Denoiser. x_0 (N, D) ~ N(0, sigma^2 I). times: from 0, never falling; [0] is T = 1, plain decoding.
-    step: the solver, one or two evaluations from one time to the next. Training with --unroll runs this.
+    step: the solver's way from one time to the next. Training with --unroll runs this.
     """
     def dx(x_t, t):
         x_1_hat = f.x_1_hat(x_t, t)                           # V_y of the guess y, given x_t and c
@@ -165,12 +166,12 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal[tuple(SOLVERS)] = "euler"  # (deviation 10); adaptive: at most `steps` evaluations
+    solver: Literal[tuple(SOLVERS)] = "euler"  # midpoint, heun: two evaluations a step (deviation 10)
     t_end: float = 0.0              # time of the last evaluation; 0: 1 - 1/T, at most 15/16; fixed_point: 0.9
     t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0 = even up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # done: the guess repeats, within stop sqrt(D) of the mean so far; 0 = off
+    stop: float = 0.0               # end at a repeated guess within stop sqrt(D) of the mean of all; 0 = off
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
@@ -202,14 +203,14 @@ class Sampler:
     def plan(self, x_0):
         """The times and the step of Algorithm 1 that spend `steps` evaluations."""
         step, cost = SOLVERS[self.solver]
-        n, odd = divmod(self.steps - 1, cost)
+        n, left = divmod(self.steps - 1, cost)
+        times = time_grid(n + left, self.last_time(), self.t_hold if self.solver == "fixed_point" else 0.0)
         if self.solver == "fixed_point":
             step = partial(step, x_0=x_0, weight=self.weight)
-            return time_grid(n, self.last_time(), self.t_hold), step
 
-        def euler_first(dx, x, a, b):                         # one evaluation is left over: an Euler step
-            return euler_step(dx, x, a, b) if a == 0 else step(dx, x, a, b)
-        return time_grid(n + odd, self.last_time()), euler_first if odd else step
+        def euler_first(dx, x, a, b):                         # evaluations left over are Euler steps
+            return (euler_step if b <= times[left] else step)(dx, x, a, b)
+        return times, euler_first if left else step
 
 
 def predict(f):

@@ -14,7 +14,7 @@ Shapes and symbols, here and in diffusion.py:
             one or more positions of each row
     D       x_dim, size of the token space         V        (V_size, D), the table of Eq. 5
     x_t     (N, D)  noised token embedding         t        (N,) in [0, 1]: 0 is noise, 1 is data
-    w_d     (N, C)  weight of the path (Eq. 6), exactly 0 at t = 0
+    w_d     (N, C)  weight of the path (Eq. 6), exactly 0 at t = 0             E  t_dim, of the time embedding
     kv      a list of L pairs (k, v), each (B, H, S, C/H): the trunk's keys and values
     c       a Context: what the trunk has read, the c of the paper's f(x_t, t, c)
 """
@@ -195,7 +195,7 @@ class GPT(nn.Module):
 @dataclass(frozen=True)
 class PathConfig:
     # the diffusion path
-    path_mode: Literal["none", "lora", "full"] = "full"  # the trunk's weights and a LoRA, or a copy
+    path_mode: Literal["none", "lora", "full"] = "full"  # no path; the trunk's weights and a LoRA; a copy
     lora_rank: int = 32             # of the path's LoRA, and of the trunk's
     lora_alpha: float = 32.0
     x_dim: int = 256                # D, size of the token space

@@ -234,7 +234,7 @@ def train(config, ranks):
             with (run.ddp.no_sync() if more else nullcontext()), run.autocast:
                 losses = (run.ddp or run.loss_of)(idx, at, y, label, t, x_0, T)       # (N,), Eq. 3
                 loss = losses.sum() / n_targets               # deviation 9: no mean of means
-            run.scaler.scale(loss * ranks.world).backward()   # DDP takes the mean over ranks, unless no_sync
+            run.scaler.scale(loss * ranks.world).backward()   # DDP averages over ranks: times world, the sum
             loss_sum += loss.detach()
 
         run.scaler.unscale_(run.optimizer)

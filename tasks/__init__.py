@@ -2,8 +2,9 @@ r"""
 What a task is: where its problems come from, how prompt and answer are written, how an output is scored.
 
 A task is one entry of TASKS, at the end of this file; nothing elsewhere knows a task by its name. To add one,
-write a function that makes a Problem of a line of its file, choose the reader of its answers in scoring.py,
-and write the entry. Most prompts are "Question: {}\nAnswer:", GSM8K's; the answer follows after a space.
+write a function that makes a Problem of a line of its file (by multiple_choice, if it is that: then the
+likelihood of each choice is scored, too), choose the reader of its answers in scoring.py, and write the
+entry. Most prompts are "Question: {}\nAnswer:", GSM8K's; the answer follows after a space.
 """
 import csv
 import gzip
@@ -131,7 +132,7 @@ class Generated(Options):
 
 @dataclass(frozen=True)
 class Files(Options):
-    source: str = ""                 # folder of the task's files, or its only file; default: download
+    source: str = ""                 # folder of the task's files, or its only file; default: the net
 
 @dataclass(frozen=True)
 class HeldOut(Files):
@@ -391,7 +392,7 @@ class Task(NamedTuple):
     shots: str = ""                  # the split whose problems are worked examples; "": there is none
     stops: tuple = ("\nQuestion:",)  # an output ends before the first of these
     expects: str = NUMBER            # of a true answer, for the message where it is another
-    counts: dict = {}                # problems of the original's splits, where its hash is not known to all
+    counts: dict = {}                # how many problems each split has, where no hash tells the original
     well_formed: Callable = lambda problem, text: True       # of a text that has an answer: its form is right
 
 
@@ -409,6 +410,7 @@ MATH_FILES = {
              "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132")}
 MMLU_TAR = ("https://people.eecs.berkeley.edu/~hendrycks/data.tar", None,
             "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b")
+# In place of an address, how to get the file:
 PRO_HELP = (", saved by datasets.load_dataset('TIGER-Lab/MMLU-Pro', split='test').to_json('test.jsonl'), and "
             "validation.jsonl likewise")
 PRO_FILES = {"val": ("validation.jsonl", PRO_HELP), "test": ("test.jsonl", PRO_HELP)}

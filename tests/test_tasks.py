@@ -724,8 +724,8 @@ def test_examples_come_from_the_same_subject_and_never_from_the_problem_itself()
 def test_every_task_has_a_group_or_labels_of_its_own():
     groups = dict(gsm8k="math", math="math", humaneval="code", mbpp="code", mmlu="knowledge",
                   mmlu_pro="knowledge")
-    assert {name: task.group for name, task in TASKS.items() if task.group} == groups
-    assert all(group in tasks.GROUPS for group in groups.values())
+    assert groups.items() <= {name: task.group for name, task in TASKS.items()}.items()
+    assert all(task.group in tasks.GROUPS for task in TASKS.values() if task.group)
     assert type(score(problem("#### 1"), "")) is tasks.Score
 
 
