@@ -78,7 +78,7 @@ def draw_noise(config, model, label, n, generator):
         return label, None, None, None
     t, x_0 = draw(n, config, generator)
     drop = torch.rand(len(label), generator=generator, device=label.device) < config.label_dropout
-    label = torch.where(drop, model.no_label, label)          # per example, not per position
+    label = torch.where(drop, model.no_label, label)          # per example, not per position (deviation 8)
     if config.unroll:
         return label, None, x_0, draw_unroll(config.unroll, generator)
     return label, t, x_0, None

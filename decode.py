@@ -7,8 +7,8 @@ positions together, each path call over all of them. Kept is the longest prefix 
 drafted ones, and the first that differs. K = 1 is Algorithm 1 token by token.
 
 Why the text is the same for every K. A path call at position k reads x_t of k, the trunk's keys and values at
-positions <= k, and nothing else. The noise and the uniform numbers of a position are fixed by (seed, row,
-position), and by max_new_tokens. So a prediction depends on the tokens before it alone, and every token kept
+positions <= k, and nothing else. Its noise and uniform numbers are fixed by (seed, row, position),
+max_new_tokens and steps. So a prediction depends on the tokens before it alone, and every token kept
 had the right ones before it. What is wasted: trunk passes and path calls behind the first token that differs.
 What is gained: the path reads its weights once for K positions. It is speculative decoding (Leviathan et al.
 2023) whose draft model is the trunk itself, whose passes over the tokens kept were needed anyway.
@@ -208,8 +208,8 @@ def generate(model, prompts, eot, config, label=None, ids=None, trace=False):
     """Continue each prompt until the end of text, each token by Algorithm 1, in rounds (see above).
 
     prompts: B non-empty lists of token ids, of any lengths; eot: the id that ends a text; config: a Decoding;
-    label: B guidance labels, or None for none; ids: B integers, 0..B-1 by default: the randomness of row i
-    depends on (seed, ids[i], max_new_tokens) alone. A row is cut where block_size is reached. Rows that have
+    label: B guidance labels, or None for none; ids: B integers, 0..B-1 by default: what row i draws depends
+    on (seed, ids[i], max_new_tokens, steps) alone. A row is cut where block_size is reached. Rows that have
     ended leave the batch. Returns B Generated; with trace, each says how its guesses changed.
     """
     assert model.path is not None or config.steps == 1, "without a path there is only steps = 1"

@@ -141,5 +141,5 @@ class Denoiser:
     def write_trace(self, t, i=slice(None)):
         if self.trace is not None:
             p, t = probability(self.latest, self.guess), torch.as_tensor(t).expand(len(self.guess))
-            for n in torch.arange(len(p))[i].tolist():
+            for n in torch.arange(len(p), device=p.device)[i].tolist():
                 self.trace[n].append((t[n].item(), self.guess[n].item(), p[n].item()))

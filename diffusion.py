@@ -171,7 +171,7 @@ class Sampler:
     t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0 = even up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # end at a repeated guess within stop sqrt(D) of the mean of all; 0 = off
+    stop: float = 0.0               # ends at a guess repeated, within stop sqrt(D) of the mean before (14)
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
@@ -188,8 +188,8 @@ class Sampler:
         without_effect(self, "solver=fixed_point", self.solver == "fixed_point", "t_hold", "weight")
         without_effect(self, "solver=adaptive", self.solver == "adaptive", "tol")
         without_effect(self, "a temperature", self.temperature > 0, "top_k")
-        require(self.solver != "fixed_point" or self.t_hold <= self.last_time(),
-                f"t_hold={self.t_hold} needs a later t_end, not {self.last_time()}")
+        require(self.solver != "fixed_point" or self.t_hold <= self.last_time() and self.t_hold < 1,
+                f"t_hold={self.t_hold}, but it must be below 1, and at most t_end={self.last_time()}")
 
     def last_time(self):
         """t_end; by default (steps - 1) / steps, at most 15/16 (deviation 6), and of fixed_point 0.9.
@@ -201,7 +201,7 @@ class Sampler:
         return self.t_end or last
 
     def plan(self, x_0):
-        """The times and the step of Algorithm 1 that spend `steps` evaluations."""
+        """The times and the step of Algorithm 1 that spend `steps` evaluations; of Heun to t = 1 one less."""
         step, cost = SOLVERS[self.solver]
         n, left = divmod(self.steps - 1, cost)
         times = time_grid(n + left, self.last_time(), self.t_hold if self.solver == "fixed_point" else 0.0)

@@ -54,9 +54,9 @@ def borrow(module, name, value):
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / rank) B A x (Hu et al. 2021), with B = 0 at the start.
 
-    linear: the nn.Linear that holds W and b, which do not train. owned: register it here (a LoRA on the
-    trunk), or only borrow it from the trunk (the path's LoRA). n_out: use only the first n_out outputs of W
-    (the queries of c_attn).
+    linear: the nn.Linear that holds W and b. owned: register it here, frozen (a LoRA on the trunk); or only
+    borrow it from the trunk (the path's LoRA), with which it trains, if that does. n_out: use only the first
+    n_out outputs of W (the queries of c_attn).
     """
     def __init__(self, linear, rank, alpha, owned, n_out=None):
         super().__init__()
@@ -195,7 +195,7 @@ class GPT(nn.Module):
 @dataclass(frozen=True)
 class PathConfig:
     # the diffusion path
-    path_mode: Literal["none", "lora", "full"] = "full"  # no path; the trunk's weights and a LoRA; a copy
+    path_mode: Literal["none", "lora", "full"] = "full"  # no path; a LoRA; a copy (deviation 10)
     lora_rank: int = 32             # of the path's LoRA, and of the trunk's
     lora_alpha: float = 32.0
     x_dim: int = 256                # D, size of the token space
@@ -224,7 +224,7 @@ def two_layers(n_in, n_hidden, n_out, zero=False, bias=True):
 
 
 def time_features(t, dim, time_scale):
-    """Sinusoids of time_scale * t (deviation 4), of periods 2 pi to 2 pi * 10^4. t (N,) -> (N, dim)."""
+    """Sinusoids of time_scale * t (deviation 4), of periods 2 pi to nearly 2 pi 10^4. t (N,) -> (N, dim)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = time_scale * t[:, None] * freqs                      # (N, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)

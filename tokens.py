@@ -12,8 +12,8 @@ import tiktoken
 
 from configurator import UserError, require
 from files import download
+from tasks import arithmetic
 
-PROMPT = "Question: {}\nAnswer:"     # GSM8K's, and of most tasks; the answer follows after a space
 ENDOFTEXT = "<|endoftext|>"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {"vocab.bpe": (456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
@@ -41,12 +41,10 @@ def arithmetic_tokenizer():
     and every word and sign of the generator's texts. tiktoken makes one token of a piece that is in the ranks
     as a whole; any other text falls back to smaller pieces, at worst bytes, so everything round-trips.
     """
-    from tasks import arithmetic  # here, for tasks imports this file
-
     pattern = r"Question:|\nAnswer:| = <<|<<|>>|\.\n|####| ?[A-Za-z]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9]|\s"
     rng = random.Random(0)           # not --seed: the vocabulary is the same whatever the data
     problems = [make(rng) for make in (arithmetic.task_problem, arithmetic.mix_problem) for _ in range(3000)]
-    text = "".join(f"{PROMPT.format(question)} {answer}" for question, answer in problems)
+    text = "".join(f"{arithmetic.PROMPT.format(question)} {answer}" for question, answer in problems)
     numbers = {f"{space}{n}" for space in ("", " ") for n in range(arithmetic.MAX_NUMBER + 1)}
     pieces = set(re.findall(pattern, text)) | numbers
     ranks = {bytes([i]): i for i in range(256)}
@@ -71,7 +69,7 @@ def encode_text(encoding, text, where):
 
 
 def encode_question(encoding, prompt, question):
-    """Token ids of a user's own question in the format of a task, a string with one {} such as PROMPT."""
+    """Token ids of a user's own question in the format of a task, a string with one {}."""
     require(question.strip(), "the prompt is empty; write a question")
     return encode_text(encoding, prompt.format(question.strip()), "the prompt")
 

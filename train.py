@@ -15,7 +15,7 @@ from scratch. A path trained with --unroll is sampled with --solver=fixed_point 
 
 Writes to out_dir: see checkpoint.py; and metrics.jsonl. What a step draws depends on (seed, step,
 micro-batch) alone: a resumed run is the same run, and k ranks with one micro-batch each are the same run as
-one process with k. Ctrl-C and SIGTERM finish the step, save, and end with status 130 and 143; a second one
+one process with k. Ctrl-C and SIGTERM finish the step, save, and end with status 130 or 143; a second one
 ends at once.
 """
 import os

@@ -14,7 +14,8 @@ L2D is trained through Algorithm 1 in two runs: on chains of at most three links
 then on all with up to sixteen. Controls see the same sequences in the same order: LoRA and full finetuning of
 the trunk, and the trunk's blocks applied four or eight times (a model of fixed depth, finetuned in full).
 "as long": the same on about as much training time as L2D takes. "at most 5 links": L2D and fixed depth that
-never see a longer chain in training. Nothing is chosen on the test sequences: their seed is their own.
+never see a longer chain in training; l2d_long does so in three runs, for 12,000 steps. Nothing is chosen on
+the test sequences: their seed is their own.
 """
 import json
 import random
@@ -41,19 +42,23 @@ TRUNK = GPTConfig(block_size=96, vocab_size=VOCAB, n_layer=2, n_head=4, n_embd=1
 PATH = PathConfig(x_dim=64, t_dim=64, sigma=0.5, time_scale=30.0)
 HOW = dict(solver="fixed_point", guess="mean")
 PHASES = [(1000, 3, 4), (3000, 9, 16)]      # optimizer steps, most links, most path calls
+LONG = [(1000, 3, 4), (3000, 5, 8), (8000, 5, 12)]
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 METHODS = {"l2d": "L2D", "lora": "LoRA on the trunk", "full": "full finetuning",
            "full_time": "full finetuning, as long", "loop4": "blocks applied 4 times",
            "loop4_time": "blocks applied 4 times, as long", "loop8": "blocks applied 8 times",
-           "l2d_5": "L2D, at most 5 links", "loop4_5": "blocks applied 4 times, at most 5 links"}
-LENGTH = {"full_time": 1.6, "loop4_time": 0.4}      # factor on the optimizer steps: seconds of L2D / its own
+           "l2d_5": "L2D, at most 5 links", "loop4_5": "blocks applied 4 times, at most 5 links",
+           "l2d_long": "L2D, at most 5 links, 12,000 steps", "full_long": "full finetuning, as long as that",
+           "loop4_long": "blocks applied 4 times, as long as that",
+           "loop8_long": "blocks applied 8 times, as long as that"}
+LENGTH = {"full_time": 1.6, "loop4_time": 0.4,      # factor on the optimizer steps: seconds of L2D / its own
+          "full_long": 5.1, "loop4_long": 1.26, "loop8_long": 0.56}
 OUT, HERE = Path("out/chains"), Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Config:
-    method: Literal["all", "trunk", "table", "trace", "l2d", "lora", "full", "full_time", "loop4",
-                    "loop4_time", "loop8", "l2d_5", "loop4_5"] = "all"
+    method: Literal["all", "trunk", "table", "trace", *METHODS] = "all"
     seed: int = 0
     links: int = 7                  # trace: of the chain that is followed
     steps: int = 16                 # trace: T
@@ -115,7 +120,7 @@ def make_model(method, seed):
 
 def train(model, method, seed):
     """AdamW; in each phase a linear warm-up over 100 steps and decay to a tenth; a new batch each step."""
-    phases, limit = PHASES, 5 if method.endswith("_5") else MOST_LINKS
+    phases, limit = LONG if method == "l2d_long" else PHASES, 5 if method.endswith("_5") else MOST_LINKS
     phases = [(round(n * LENGTH.get(method, 1)), min(links, limit), calls) for n, links, calls in phases]
     rate, size = 1e-3 if model.path or method == "lora" else 5e-4, 32
     if method == "trunk":
@@ -225,16 +230,19 @@ def table():
 
 
 def versus_controls(groups, result):
-    """T = 8 of L2D against each control that saw the same chains, paired by sequence, the seeds both have."""
+    """T = 8 of L2D against each control that saw the same chains or took as long, paired by sequence, the
+    seeds both have."""
     for method in [m for m in groups if "l2d" not in m]:
-        ours = "l2d_5" if method.endswith("_5") else "l2d"
-        seeds = [s for s in groups[method]["seeds"] if ours in groups and s in groups[ours]["seeds"]]
-        if seeds:
-            runs = [[groups[m]["runs"][groups[m]["seeds"].index(s)] for s in seeds] for m in (method, ours)]
-            mean, half = interval(per_sequence(runs[0], 1), per_sequence(runs[1], 8), len(seeds))
-            result[METHODS[method]]["l2d_at_8_minus_this"] = [mean, half]
-            print(f"{METHODS[ours]}, at T = 8 minus {METHODS[method]}, seeds {seeds}: "
-                  f"{mean:+.4f} ± {half:.4f}")
+        ours = "l2d" + method[method.rindex("_"):] if method.endswith(("_5", "_long")) else "l2d"
+        for ours in [ours, "l2d_long"] if method == "loop8" else [ours]:
+            seeds = [s for s in groups[method]["seeds"] if ours in groups and s in groups[ours]["seeds"]]
+            if seeds:
+                a, b = ([group["runs"][group["seeds"].index(s)] for s in seeds]
+                        for group in (groups[method], groups[ours]))
+                mean, half = interval(per_sequence(a, 1), per_sequence(b, 8), len(seeds))
+                result[METHODS[method]][f"{ours}_at_8_minus_this"] = [mean, half]
+                print(f"{METHODS[ours]}, at T = 8 minus {METHODS[method]}, seeds {seeds}: "
+                      f"{mean:+.4f} ± {half:.4f}")
 
 
 def draw(result):

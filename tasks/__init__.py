@@ -24,9 +24,8 @@ from typing import Callable, Literal, NamedTuple
 from configurator import UserError, require
 from files import download, file_sha256
 from tasks import sandbox, scoring
-from tasks.arithmetic import STYLES, bucket, in_style, mix_problem, styled, task_problem
+from tasks.arithmetic import PROMPT, STYLES, bucket, in_style, mix_problem, styled, task_problem
 from tasks.scoring import boxed, cut, majority, normalise
-from tokens import PROMPT
 
 GROUPS = ("math", "code", "knowledge")
 LETTERS = "ABCDEFGHIJ"

@@ -12,6 +12,7 @@ tells, u is the quantity before the last step, {e} in the sentence is "3*12 = <<
 import hashlib
 import re
 
+PROMPT = "Question: {}\nAnswer:"     # GSM8K's, and of most tasks; the answer follows after a space
 MAX_NUMBER = 99                     # of all numbers, intermediate results included; each is one token
 
 WOMEN = "Emma Mia Anna Lily Zoe Ruth Eva Nina Ivy Rosa Jane Lucy".split()

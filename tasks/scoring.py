@@ -26,7 +26,7 @@ def strict_answer(text):
 
 def flexible_answer(text):
     """The number after the first ####, allowing $, spaces, U+2212, a fraction; else the last number."""
-    pattern = r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
+    pattern = r"[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:/\d+)?"
     after = re.search(r"####[\s$]*([-\u2212]?)[\s$]*(" + pattern + ")", text)
     if after:
         return number(after[1] + after[2])
@@ -35,7 +35,8 @@ def flexible_answer(text):
 
 
 def read_number(problem, text):
-    return strict_answer(text), flexible_answer(text)
+    strict, flexible = strict_answer(text), flexible_answer(text)
+    return strict, strict if flexible is None else flexible
 
 
 def read_text(problem, text):

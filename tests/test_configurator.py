@@ -262,7 +262,7 @@ VALUES = {
     "compile": st.booleans(),
     "solver": st.sampled_from(["euler", "midpoint", "heun"]),
     "prompt": st.text(),
-    "out_dir": st.text(),
+    "out_dir": st.text().filter(lambda text: not text.startswith("~")),       # a home directory
 }
 
 

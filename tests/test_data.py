@@ -22,7 +22,8 @@ import prepare_data
 from batches import batch_of, batches_of_epoch
 from configurator import UserError
 from prepare_data import load_manifest, load_split, main
-from tokens import PROMPT, encode_question, fingerprint, load_tokenizer
+from tasks.arithmetic import PROMPT
+from tokens import encode_question, fingerprint, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -541,3 +541,8 @@ def test_a_new_solver_is_a_function_and_an_entry(model, monkeypatch):
     truth = end("midpoint", 4001)
     coarse, fine = ((end("rk4", steps) - truth).norm() for steps in (33, 65))
     assert fine < coarse / 10                                     # 16 in the limit: order four
+
+
+def test_no_call_is_held_at_the_time_of_the_data():
+    """There the velocity is 0 / 0."""
+    says(error_of(Sampler, steps=4, solver="fixed_point", t_hold=1.0, t_end=1.0), "t_hold=1.0", "below 1")

@@ -73,7 +73,7 @@ def perturbed(text, rng):
     ("#### 0", "#### 0", True, True, True),
     ("#### 3/4", "#### 3", True, False, True),                    # the authors' pattern stops at the slash
     ("#### 3/4", "#### 4", False, False, True),
-    ("#### 3/0", "#### 3", True, False, True),
+    ("#### 3/0", "#### 3", True, True, True),
     ("The answer is 18", "#### 18", False, True, False),
     ("18 apples and 3 pears.", "#### 18", False, False, False),
     ("18 apples and 3 pears.", "#### 3", False, True, False),
@@ -103,6 +103,12 @@ def test_an_output_is_worth_what_its_number_is(output, gold, strict, flexible, w
 def test_the_majority_is_the_first_of_the_most_frequent_answers(answers, chosen):
     """Nothing is no answer, zero is one."""
     assert majority(answers) == chosen and majority(iter(answers)) == chosen
+
+
+@pytest.mark.parametrize("text, strict, flexible", [("#### .5", "1/2", "1/2"), ("#### 12/0", "12", "12"), ("it is .25 or so", None, "1/4"),
+                                                    ("so...5", None, "5"), ("about 3.", None, "3")])
+def test_the_flexible_reader_reads_what_the_strict_one_does(text, strict, flexible):
+    assert tasks.scoring.read_number(None, text) == tuple(x and Fraction(x) for x in (strict, flexible))
 
 
 @pytest.mark.parametrize("outputs, chosen, strict, flexible, well_formed", [
@@ -157,7 +163,7 @@ def test_every_answer_of_gsm8k_scores_itself_and_no_perturbed_one_does(tmp_path)
 
 
 # ------------------------------------------------------------------------------- golds that can be read
-@pytest.mark.parametrize("tail", ["18", "-3", "1,234", "12,345,678.90", "0", "18.", "0.5", "007", "18 ",
+@pytest.mark.parametrize("tail", ["18", "-3", "1,234", "12,345,678.90", "0", "18.", "0.5", ".5", "007", "18 ",
                                   "18\n"])
 def test_a_plain_number_is_a_gold(tail):
     check_gold(problem(f"so it is\n#### {tail}"))
@@ -172,7 +178,7 @@ def test_a_plain_number_is_a_gold(tail):
     "####  18", "#### ", "####", "####.", "#### .", "#### -", "#### 18\nor 19", "#### 18 #### 18",
     "#### 3\n#### 4",
     "#### 18 <<x>>", "#### 18\nQuestion: And?", "Question:\nQuestion: no\n#### 18", "#### 0x12", "#### 1_000",
-    "#### .5", "#### inf", "#### nan", "#### " + "9" * 5000, "#### 18\u200b", "#### \u202e18", "####\u00a018",
+    "#### inf", "#### nan", "#### " + "9" * 5000, "#### 18\u200b", "#### \u202e18", "####\u00a018",
     "### 18",
     "18", "It is 18.",
 ])

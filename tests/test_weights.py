@@ -90,6 +90,16 @@ def write_safetensors(path, tensors, header=None):
     Path(path).write_bytes(struct.pack("<Q", len(text)) + text + blob)
 
 
+@pytest.mark.parametrize("length", [640, 19280 + 65536])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, length):
+    """The first two bytes of these lengths are those of a pickle and of a zip file."""
+    write_safetensors(tmp_path / "x", {"wte": torch.ones(2, 3)})
+    data = (tmp_path / "x").read_bytes()
+    n = struct.unpack("<Q", data[:8])[0]
+    (tmp_path / "x").write_bytes(struct.pack("<Q", length) + data[8:8 + n].ljust(length) + data[8 + n:])
+    assert torch.equal(read_safetensors(tmp_path / "x")["wte"], torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("kind",
                          ["GPT2LMHeadModel", "GPT2Model"])          # with and without the prefix transformer.
 @pytest.mark.parametrize("shape", SHAPES)
