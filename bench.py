@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 
 from configurator import at_least, configure, require, run
+from exam.report import provenance
 from files import write_file
 from machine import pick_device, pick_dtype
 from measure import SIZES, numbers
@@ -35,7 +36,6 @@ from measure.decoding import measure_decoding, parameters
 from measure.gpu_report import check
 from measure.training import measure_training
 from model import PathConfig
-from report import provenance
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from typing import Literal
 
 import torch
 
-import report
 from checkpoint import data_changes, load
 from configurator import UserError, at_least, configure, require, run, without_effect
 from decode import Decoding, generate
-from exam import Exam, answers, equals_and_digits, of_choices, of_true_answers
+from exam import Exam, answers, equals_and_digits, of_choices, of_true_answers, report
 from files import write_file
 from machine import pick_device, ranks_of
 from packed import pack

@@ -13,8 +13,8 @@ from typing import Literal
 from checkpoint import load
 from configurator import UserError, at_least, configure, require, run, without_effect
 from decode import Decoding, generate
+from exam.report import format_trace
 from packed import pack
-from report import format_trace
 from tokens import encode_question
 
 QUESTION = "Leo makes 42 stamps and Tom makes 5 for him. He wants 59 stamps. How many more does he need?"

@@ -33,8 +33,8 @@ from batches import draw_unroll
 from configurator import UserError, configure, run
 from denoiser import Denoiser, Tables
 from diffusion import Sampler, predict, teacher_forced
+from exam.report import commit, mcnemar, pyplot
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
-from report import commit, mcnemar, pyplot
 
 N_NAMES, N_SHOWN, N_ASKED, MOST_LINKS, N_TEST, TEST_SEED = 20, 10, 4, 9, 1000, 27182
 SEMICOLON, LAST, EQUALS, VOCAB = 100, 101, 102, 112

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 
 from configurator import configure, run
-from report import pyplot
+from exam.report import pyplot
 
 
 @dataclass(frozen=True)

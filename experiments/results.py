@@ -23,8 +23,8 @@ from pathlib import Path
 import evaluate
 from configurator import UserError, configure, run
 from exam import KINDS, read_answers
+from exam.report import mcnemar, pyplot, read_results, wilson
 from files import write_file
-from report import mcnemar, pyplot, read_results, wilson
 
 DEFAULTS = {f.name: f.default for f in fields(evaluate.Config)}
 NOT_A_CONDITION = {"steps", "batch_size", "draft", "out_dir", "mistakes", "show_change", "plot",

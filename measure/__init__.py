@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from exam.report import aligned
 from gpt2_weights import GPT2_SIZES
 from model import GPTConfig
-from report import aligned
 
 SIZES = GPT2_SIZES | {"tiny": GPTConfig(vocab_size=1024, n_layer=2, n_head=2, n_embd=64)}
 

@@ -1,4 +1,4 @@
-"""evaluate.py and exam.py: answers, likelihoods and bookkeeping, each against an independent computation."""
+"""evaluate.py and exam/: answers, likelihoods and bookkeeping, each against an independent computation."""
 import hashlib
 import json
 import math
@@ -23,10 +23,10 @@ import prepare_data
 from checkpoint import load, load_checkpoint
 from configurator import UserError
 from decode import Decoding, Generated
+from exam.report import wilson
 from files import append_records
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
 from prepare_data import load_manifest, load_split
-from report import wilson
 from tasks import Problem, few_shot, score
 from tokens import load_tokenizer
 

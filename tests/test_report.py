@@ -1,4 +1,4 @@
-"""report.py: intervals, tests, shares and figures, each against its definition."""
+"""exam/report.py: intervals, tests, shares and figures, each against its definition."""
 import itertools
 import json
 import math
@@ -6,9 +6,9 @@ import multiprocessing
 
 import pytest
 
-import report
 from configurator import UserError
-from report import compare, mcnemar, shares, sign_test, summary, wilson
+from exam import report
+from exam.report import compare, mcnemar, shares, sign_test, summary, wilson
 
 
 @pytest.mark.parametrize("k, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),

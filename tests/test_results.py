@@ -10,7 +10,7 @@ import pytest
 import evaluate
 from configurator import UserError
 from exam import KINDS
-from report import wilson
+from exam.report import wilson
 
 path = Path(__file__).parent.parent / "experiments/results.py"
 spec = importlib.util.spec_from_file_location("results", path)
