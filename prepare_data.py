@@ -33,11 +33,11 @@ import numpy as np
 
 from configurator import UserError, configure, require, run
 from files import lock, write_file
-from tasks import SEED, TASKS, Problem, check_gold, rows
+from tasks import SEED, TASKS, TRAINED_ON, Problem, check_gold, rows
 from tokens import ENDOFTEXT, encode_text, fingerprint, load_tokenizer
 
 MAX_TOKENS = 1024                    # GPT-2's positions
-TRAINING = ("train", "val", "mix", "mix_val")        # training reads these: what is longer cannot stay
+TRAINING = (*TRAINED_ON, "val", "mix_val")           # training reads these: what is longer cannot stay
 
 
 # ---------------------------------------------------------------------------------- writing
@@ -82,9 +82,9 @@ def make(name, options, folder):
     for split, n in task.counts.items():
         if len(splits.get(split, [])) != n:
             print(f"note: {split} has {len(splits.get(split, []))} problems, the original {n}")
-    seen = {p.prompt for split in ("train", "mix") for p in splits.get(split, ())}
+    seen = {p.prompt for split in TRAINED_ON for p in splits.get(split, ())}
     for split, problems in splits.items():                   # in their order, not a set's
-        if split not in ("train", "mix") and (n := sum(p.prompt in seen for p in problems)):
+        if split not in TRAINED_ON and (n := sum(p.prompt in seen for p in problems)):
             print(f"note: {n} questions of {split} are in the training data, too: what is measured there is "
                   "in part what was learned by heart")
     label_names = list(task.labels or sorted({p.label for problems in splits.values() for p in problems}))

@@ -30,6 +30,7 @@ from tasks.scoring import boxed, cut, majority, normalise
 GROUPS = ("math", "code", "knowledge")
 LETTERS = "ABCDEFGHIJ"
 SEED = 1337                          # of what is held out for validation
+TRAINED_ON = "train", "mix"          # splits; with val and mix_val, those that train.py reads
 
 
 class Problem(NamedTuple):
@@ -417,7 +418,7 @@ HUMANEVAL_FILES = {"test": ("HumanEval.jsonl.gz", "https://raw.githubusercontent
                             "6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz", 44877,
                             "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef")}
 MBPP_FILES = {"all": ("mbpp.jsonl", "https://raw.githubusercontent.com/google-research/google-research/"
-                      "master/mbpp/mbpp.jsonl")}
+                      "2251e8c67a7fe7d6348714967ee101080b28e956/mbpp/mbpp.jsonl")}
 
 TASKS = {
     "arithmetic": Task(generated("arithmetic"), scoring.read_number, Generated,
