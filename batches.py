@@ -32,7 +32,10 @@ def batch_of(data, ids, device):
         targets[row, :len(tokens) - 1] = np.where(mask[1:], tokens[1:].astype(np.int64), -1)
     at = (targets >= 0).nonzero()
     label = data.labels[list(ids)].astype(np.int64)
-    idx, rows_, columns, y, label = (torch.from_numpy(z).to(device) for z in (idx, *at, targets[at], label))
+    arrays = [torch.from_numpy(z) for z in (idx, *at, targets[at], label)]
+    if torch.device(device).type == "cuda":                   # pinned: the copies wait for nothing
+        arrays = [z.pin_memory() for z in arrays]
+    idx, rows_, columns, y, label = (z.to(device, non_blocking=True) for z in arrays)
     return idx, (rows_, columns), y, label
 
 

@@ -49,7 +49,7 @@ class Config(Decoding):
     votes: int = 1                  # answers sampled per problem; the most frequent one counts
     samples: int = 1                # answers sampled per problem; each counts: pass@1 to pass@samples
     run_code: bool = False          # run the code that the model writes, where scoring needs it, in a sandbox
-    batch_size: int = 64            # texts written side by side; changes no answer in float32
+    batch_size: int = 64            # texts written side by side; changes no answer in float32 on a CPU
     exact_match: bool = True        # write answers and score them; False leaves the teacher-forced numbers
     # what to show
     mistakes: int = 3               # wrong answers to print
@@ -112,7 +112,9 @@ def set_up(config, ranks):
         "votes": config.votes, "samples": config.samples, "exact_match": config.exact_match, "labels": labels,
         "weights_sha256": checkpoint["sha256"],
         "problems_sha256": hashlib.sha256(problems.encode()).hexdigest(), "device": weight.device.type,
-        "dtype": str(weight.dtype), "batch_size": 0 if weight.dtype == torch.float32 else config.batch_size}
+        "dtype": str(weight.dtype), "batch_size": config.batch_size}
+    if (weight.device.type, weight.dtype) == ("cpu", torch.float32):     # elsewhere products round by shape
+        same["batch_size"] = 0
     return Exam(config, ranks, pack(model), encoding, data, n, labels), decodings, same
 
 

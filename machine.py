@@ -4,6 +4,7 @@ Where the code runs: device, dtype, attention kernels, the ranks that torchrun s
 import os
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -45,17 +46,18 @@ def use_kernels_for_training(device, dtype):
 
 
 def compiles(device):
-    """Whether torch.compile can work here; says so where not."""
+    """Whether torch.compile works here; says so where not: no Triton, no C compiler, an old GPU."""
     if device.type == "cuda":
         try:
-            import triton  # noqa: F401
-        except ImportError:
-            print("torch.compile needs Triton, which is not installed: running uncompiled", file=sys.stderr)
-            return False
-        if torch.cuda.get_device_capability(device) < (7, 0):
-            print("torch.compile needs a GPU of compute capability 7.0: running uncompiled", file=sys.stderr)
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        except Exception as e:                                    # of many kinds, by what is missing
+            print(f"note: torch.compile fails here ({first_line(e)}): going on without", file=sys.stderr)
             return False
     return True
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Ranks:
@@ -127,19 +129,31 @@ def ranks_of(device, remedy):
     ranks = Ranks(device)
     try:
         yield ranks
-    except torch.OutOfMemoryError as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"out of memory; {remedy} ({why})") from None
-    except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "Connection" not in str(e):
+    except (Exception, UserError) as e:
+        error = line_of(e, ranks, remedy)
+        if ranks.world > 1 and device.type == "cuda":             # closing waits for ranks that wait for this
+            said = error.code if isinstance(error, SystemExit) else traceback.format_exc()
+            sys.stderr.write(f"{said}\n" if isinstance(said, str) else "")
+            sys.stderr.flush()
+            os._exit(1)
+        if error is e:
             raise
-        raise SystemExit(f"rank {ranks.rank}: another rank has ended, see its line") from None
-    except UserError:
-        if int(os.environ.get("LOCAL_RANK", 0)):
-            raise SystemExit(1) from None
-        raise
+        raise error from None
     finally:
         ranks.close()
+
+
+def line_of(error, ranks, remedy):
+    """The error as what a user should read of it, if it is of a known kind: a UserError or a SystemExit."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("out of memory" in text or "ALLOC_FAILED" in text):
+        error = UserError(f"out of memory; {remedy} ({first_line(error)})")
+    elif isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "Connection" in text:
+        last = text.strip().splitlines()[-1] if text.strip() else ""
+        return SystemExit(f"rank {ranks.rank}: another rank has ended, see its line ({last})")
+    if isinstance(error, UserError) and int(os.environ.get("LOCAL_RANK", 0)):
+        return SystemExit(1)                                      # another rank of this host says it
+    return error
 
 
 class StopSignals:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from model import LoRALinear, borrow
 
-ONEDNN = torch.ops.mkldnn._linear_pointwise
 LARGE, SEVERAL = 1 << 18, 8         # weights, from 512 x 512; rows that stand for several
 LAYOUTS = {"rows": lambda W: W,                                          # W (out, in) as nn.Linear has it
            "columns": lambda W: W.t().contiguous().t(),
@@ -23,7 +22,9 @@ LAYOUTS = {"rows": lambda W: W,                                          # W (ou
 
 def product(x, W, bias):
     """W x + bias, for W in any of the layouts."""
-    return ONEDNN(x, W, bias, "none", [], "") if W.is_mkldnn else F.linear(x, W, bias)
+    if W.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return F.linear(x, W, bias)
 
 
 class PackedLinear(nn.Module):

@@ -188,7 +188,7 @@ def set_up(config, ranks):
     if checkpoint:
         check_same_run(checkpoint, config, manifest, ranks)
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
     log = Log(config, ranks, checkpoint["step"] if checkpoint else 0)
     run = Run(manifest, data, val, model, loss_of, ddp, optimizer, scaler, autocast, log, lock_file)
     if checkpoint:

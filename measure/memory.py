@@ -47,13 +47,15 @@ class Trainee:
         device = model.trunk.wte.weight.device.type
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
 
-    def __call__(self):
+    def losses(self):
         idx, at, y, label = self.batch
         generator = train.generator_for(idx.device, 0)
         label, t, x_0, times = train.draw_noise(self.config, self.model, label, len(y), generator)
         with self.autocast:
-            loss = self.loss_of(idx, at, y, label, t, x_0, times).mean()
-        loss.backward()
+            return self.loss_of(idx, at, y, label, t, x_0, times)
+
+    def __call__(self):
+        self.losses().mean().backward()
         nn.utils.clip_grad_norm_(train.trained(self.model), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,7 +91,8 @@ class Meter(TorchDispatchMode):
 
 
 def step_bytes(size, mode, shapes, dtype=torch.bfloat16):
-    """Bytes that stay between training steps, and the peak of a step of each (rows, length, targets)."""
+    """Bytes that stay between training steps, and the peak of a step of each (rows, length, targets); or,
+    (rows, length, targets, "validation"), of a batch without gradients."""
     with torch.device("meta"):
         model = random_pair(size, *MODES[mode])
     with FakeTensorMode(), Meter() as meter:
@@ -102,17 +105,19 @@ def step_bytes(size, mode, shapes, dtype=torch.bfloat16):
         trainee.optimizer.step()                                         # makes its state
         trainee.optimizer.zero_grad(set_to_none=True)
         stays = meter.now
-        for n_rows, length, n_targets in shapes:
+        for n_rows, length, n_targets, *validation in shapes:
             idx = torch.zeros(n_rows, length, dtype=torch.long)
             y, rows, columns = (torch.zeros(n_targets, dtype=torch.long) for _ in range(3))
             trainee.batch, meter.peak = (idx, (rows, columns), y, idx[:, 0].clone()), 0
-            trainee()
+            with torch.set_grad_enabled(not validation):
+                trainee.losses() if validation else trainee()
             peaks.append(meter.peak)
     return stays, peaks
 
 
 # ------------------------------------------------------------------------------------------- the table
 MEAN, LONGEST = (159, 96), (422, 228)           # of GSM8K's batches: inputs of a row, and targets
+VALIDATION = (32, 438, 3473, "validation")      # of 32 rows: the longest, and the most targets
 CARDS, PARTS = (8, 16, 24, 80), (1, 4, 16)      # GB of memory; values of --grad_accum
 TEXT = """# Memory of a training step
 
@@ -122,12 +127,12 @@ does that.
 
 GB (10^9 bytes) that stay between steps (weights, the optimizer's state), and at a step's peak: for a batch of
 mean length ({} tokens a row, {} of them targets), and for the longest ({} and {}),
-which decides whether a run fits, with `--grad_accum` of {}.
+which decides whether a run fits, with `--grad_accum` of {}. Validation reads 32 examples at once.
 
 {peaks}
 
 The least of these `--grad_accum` with which the longest batch takes at most 0.9 of a card's memory (the rest
-is for what is not counted); "-" is none. The batch remains one of 32 examples.
+is for what is not counted), as validation must; "-" is none. The batch remains one of 32 examples.
 
 {fits}
 """
@@ -140,14 +145,16 @@ def markdown(rows):
 
 def text(sizes, modes):
     """docs/MEMORY.md."""
-    peaks = [("model", "trained", "stays", "mean batch", *(f"longest, {k}" for k in PARTS))]
+    peaks = [("model", "trained", "stays", "mean batch", *(f"longest, {k}" for k in PARTS), "validation")]
     fits = [("model", "trained", *(f"{card} GB" for card in CARDS))]
     for name, size in sizes.items():
         for mode in modes:
             rows = [(32, MEAN)] + [(32 // k, LONGEST) for k in PARTS]
-            stays, found = step_bytes(size, mode, [(n, length, n * targets) for n, (length, targets) in rows])
+            shapes = [(n, length, n * targets) for n, (length, targets) in rows]
+            stays, found = step_bytes(size, mode, [*shapes, VALIDATION])
             peaks.append((name, mode, *(f"{x / 1e9:.1f}" for x in (stays, *found))))
-            least = [[k for k, x in zip(PARTS, found[1:]) if x <= 0.9e9 * card] for card in CARDS]
+            least = [[k for k, x in zip(PARTS, found[1:]) if max(x, found[-1]) <= 0.9e9 * card]
+                     for card in CARDS]
             fits.append((name, mode, *(k[0] if k else "-" for k in least)))
             print(*peaks[-1], "|", *fits[-1][2:], flush=True)
     parts = ", ".join(map(str, PARTS))

@@ -22,11 +22,13 @@ from tokens import load_tokenizer
 
 @pytest.fixture(autouse=True)
 def signals():
-    """train.main takes Ctrl-C and SIGTERM for itself; here it runs inside of pytest, which wants them back."""
+    """train.main takes Ctrl-C and SIGTERM for itself, and sets the kernels of attention; here it runs inside of
+    pytest, which wants both back."""
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, handler in before.items():
         signal.signal(s, handler)
+    torch.backends.cuda.enable_flash_sdp(True)
 
 
 @pytest.fixture(scope="session")

@@ -221,14 +221,21 @@ def test_docs_memory_is_what_memory_py_writes():
 
 
 def test_the_table_says_what_fits(monkeypatch):
-    found = {(32, 159): 2e9, (32, 422): 20e9, (8, 422): 7e9, (2, 422): 1e9}
+    found = {(32, 159): 2e9, (32, 422): 20e9, (8, 422): 7e9, (2, 422): 1e9, (32, 438): 7.1e9}
     def fake(size, mode, shapes):
-        assert all(n_targets == n * (96 if length == 159 else 228) for n, length, n_targets in shapes)
-        return 5e8, [found[n, length] for n, length, _ in shapes]
+        assert all(n_targets == n * (96 if length == 159 else 228) for n, length, n_targets in shapes[:4])
+        return 5e8, [found[n, length] for n, length, *_ in shapes]
     monkeypatch.setattr(memory, "step_bytes", fake)
     text = memory.text({"gpt2": None}, ["L2D, full path"])
-    assert "| gpt2 | L2D, full path | 0.5 | 2.0 | 20.0 | 7.0 | 1.0 |" in text
-    assert "| gpt2 | L2D, full path | 4 | 4 | 1 | 1 |" in text           # 7.0 < 7.2, 20 < 21.6
+    assert "| gpt2 | L2D, full path | 0.5 | 2.0 | 20.0 | 7.0 | 1.0 | 7.1 |" in text
+    assert "| gpt2 | L2D, full path | 4 | 4 | 1 | 1 |" in text           # 7.1 < 7.2, 20 < 21.6
+    found[32, 438] = 7.3e9                                               # validation alone is too much
+    assert "| gpt2 | L2D, full path | - | 4 | 1 | 1 |" in memory.text({"gpt2": None}, ["L2D, full path"])
+
+
+def test_a_batch_without_gradients_takes_less():
+    _, (trains, validates) = step_bytes(TINY, "L2D, full path", [(4, 30, 40), (4, 30, 40, "validation")])
+    assert 0 < validates < trains
 
 
 # ------------------------------------------------------------------------------------------ end to end

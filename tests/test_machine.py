@@ -3,7 +3,6 @@ import os
 import signal
 import sys
 import time
-import types
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from helpers import Process, argv, error_of, group, losses, same_tensors, says, 
 import machine
 import train
 from checkpoint import load_checkpoint
+from configurator import UserError
 from machine import Ranks, StopSignals, compiles, pick_device, pick_dtype, use_kernels_for_training
 
 CPU = torch.device("cpu")
@@ -44,13 +44,36 @@ def test_auto_is_the_half_precision_that_the_gpu_has(monkeypatch, capability, wa
 
 def test_compile_that_cannot_work_is_a_warning(monkeypatch, capsys):
     gpu = torch.device("cuda", 0)
-    monkeypatch.setitem(sys.modules, "triton", None)              # import fails
-    assert not compiles(gpu) and "Triton" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    assert not compiles(gpu) and "7.0" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    def broken(function):
+        raise RuntimeError("Failed to find C compiler\nand more")
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: 1)
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not compiles(gpu) and "fails here (Failed to find C compiler): going on" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     assert compiles(gpu) and compiles(CPU) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("local, error, line", [
+    (0, UserError("no file"), "error: no file\n"), (1, UserError("no file"), ""),
+    (0, torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "error: out of memory; buy (CUDA out of memory. Tried)\n"),
+    (1, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED in x"), ""),
+    (0, torch.distributed.DistBackendError("NCCL error\nLast error: no P2P"), "rank 0: another rank has ended, see its line (Last error: no P2P)\n"),
+])
+def test_a_rank_with_a_gpu_says_its_line_and_ends_without_a_farewell(monkeypatch, capsys, local, error, line):
+    """NCCL's destroy_process_group waits for the other ranks, which wait for this one."""
+    class Two(Ranks):
+        def __init__(self, device):
+            self.device, self.rank, self.world = device, 0, 2
+    def end(status):
+        done.append(status)
+        raise SystemExit(status)
+    done = []
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setattr(machine, "Ranks", Two)
+    monkeypatch.setattr(machine.os, "_exit", end)
+    with pytest.raises(SystemExit), machine.ranks_of(torch.device("cuda", 0), "buy"):
+        raise error
+    assert done == [1] and capsys.readouterr().err == line
 
 
 def test_half_precision_on_a_cpu_trains_without_the_fused_kernel():
