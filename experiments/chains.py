@@ -246,26 +246,25 @@ def versus_controls(groups, result):
 
 
 def draw(result):
-    """Right answers against T: a curve for each number of links, and a line for each control."""
+    """Right answers against T: a curve for each number of links, and a line for each of some controls."""
     figure, axes = pyplot("--method=table").subplots(figsize=(7, 4.5), layout="constrained")
-    rows = result["L2D"]["rows"]
-    steps = [row["steps"] for row in rows]
+    best = METHODS["l2d_long"] if METHODS["l2d_long"] in result else METHODS["l2d"]
+    steps = [row["steps"] for row in result[best]["rows"]]
     for k in range(1, MOST_LINKS + 1, 2):
         shade = 0.85 - 0.08 * k
-        axes.plot(steps, [r["by_links"][k] for r in rows], color=(shade, shade, 1 - 0.04 * k), lw=1,
-                  label=f"L2D, {k} link{'s' * (k > 1)}")
-    mean = [sum(r["right"]) / len(r["right"]) for r in rows]
-    axes.plot(steps, mean, "o-", color="C0", lw=2.5, label="L2D, all")
-    for i, (name, group) in enumerate(result.items()):
-        mean = [sum(r["right"]) / len(r["right"]) for r in group["rows"]]
+        axes.plot(steps, [row["by_links"][k] for row in result[best]["rows"]], lw=1,
+                  color=(shade, shade, 1 - 0.04 * k), label=f"{k} link{'s' * (k > 1)}")
+    for i, method in enumerate("l2d_long l2d lora full loop4_5 loop4 loop8_long loop8".split()):
+        name = METHODS[method]
+        mean = [sum(row["right"]) / len(row["right"]) for row in result.get(name, {"rows": []})["rows"]]
         if len(mean) == 1:
-            axes.axhline(mean[0], color=f"C{i}", ls="--", label=name)
-        elif name != "L2D":
-            axes.plot(steps, mean, "o-", color="C0", lw=1, mfc="white", label=name)
+            axes.axhline(mean[0], color=f"C{i}", ls="--", lw=1, label=name)
+        elif mean:
+            axes.plot(steps, mean, "o-", color=f"C{i}", lw=2.5 if name == best else 1, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(STEPS, STEPS)
-    axes.set(xlabel="steps T (evaluations per token)", ylabel="share of right answers")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set(xlabel="steps T (evaluations per token)", ylabel="share of right answers", ylim=(0.38, 1.02))
+    axes.legend(fontsize=7, loc="lower right", ncols=2)
     figure.savefig(HERE / "chains.png", dpi=110)
 
 
