@@ -78,13 +78,12 @@ class Rows:
         if S > self.cache[0][0].size(2):
             self.cache = [tuple(F.pad(z, (0, 0, 0, S + 7 - z.size(2))) for z in pair) for pair in self.cache]
 
-    def keys(self, ahead, n_columns):
-        """kv (views), and mask (B, 1, n_columns, S) or None, of queries at position + ahead and on."""
-        S = max(self.positions) + ahead + n_columns
+    def keys(self, ahead, pos):
+        """kv (views), and mask (B, 1, Q, S) or None, for queries at pos (B, Q), position + ahead and on."""
+        S = max(self.positions) + ahead + pos.size(1)
         kv = [(k[:, :, :S], v[:, :, :S]) for k, v in self.cache]
-        if n_columns == 1 and min(self.positions) == max(self.positions):  # every row sees all S keys
+        if pos.size(1) == 1 and min(self.positions) == max(self.positions):  # every row sees all S keys
             return kv, None
-        pos = self.count_from(self.positions, n_columns) + ahead
         return kv, (torch.arange(S, device=pos.device) <= pos[:, :, None])[:, None]
 
     def count_from(self, first, K):
@@ -139,7 +138,8 @@ def write_draft(model, rows, K, eot, config):
     u = rows.u[:, :, 0].gather(1, n)
     for j in range(K):
         if h is None:
-            h = model.trunk(token[:, None], pos[:, j:j + 1], *rows.keys(j, 1))[0][:, 0]  # fills the cache
+            here = pos[:, j:j + 1]
+            h = model.trunk(token[:, None], here, *rows.keys(j, here))[0][:, 0]  # fills the cache
         logits = model.trunk.head(h).float()                      # (B, V_size)
         y = choose(logits, u[:, j], config.temperature, config.top_k)
         columns.append((y, logits, token, h))
@@ -153,7 +153,7 @@ def refine(model, rows, draft, tables, config, trace):
     """Algorithm 1 at the N valid positions of a draft, all at once: its tokens (N,), and the Denoiser."""
     at = None if draft.valid.all() else draft.valid.nonzero(as_tuple=True)  # (rows, columns), each (N,)
     flat = (lambda z: z.flatten(0, 1)) if at is None else (lambda z: z[at])
-    kv, mask = rows.keys(0, draft.y.size(1))
+    kv, mask = rows.keys(0, draft.pos)
     c = Context(flat(draft.h), flat(draft.token), flat(draft.pos), kv, at, mask)
     own = torch.arange(len(draft.n), device=draft.n.device)[:, None], draft.n
     u, x_0 = flat(rows.u[own]), flat(rows.x_0[own])               # (N, steps + 1), (N, D)
