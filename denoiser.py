@@ -4,8 +4,8 @@ What Algorithm 1 asks of the pair: f(x_t, t, c) at N positions, and the guess x_
 Read x_1_hat and path_call. The rest may be skipped: the stop rule, the count of path calls, the trace, and
 what is computed once for all tokens. Symbols are those of model.py. The way of a token, at N positions:
 
-                in training: the N targets of a batch       in decoding: K drafted positions of each of B rows
-    trunk       idx (B, T) -> c.h = h[at] (N, C)            K passes over (B, 1) -> (B, K, C) -> c.h (N, C)
+                in training: the N targets of a batch       in decoding: of K drafted positions of B rows
+    trunk       idx (B, T) -> c.h = h[at] (N, C)            passes over (B, 1): h (B, K, C) -> c.h (N, C)
     x_t         t x_1 + (1 - t) x_0, (N, D)                 from x_0 (N, D), by the solver
     condition   of each t: L x (N, 6C), w_d (N, C)          the same, from a table of each time and label
     attention   q (N, C) -> (B, T, C), causal -> (N, C)     q (N, C) -> (B, K, C), mask (B, 1, K, S) -> (N, C)

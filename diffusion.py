@@ -6,7 +6,7 @@ alone; L2D reads that as one evaluation at t = 0, and goes on. With Euler's step
 
     x_t = sigma * torch.randn(N, D)
     logits = trunk.head(c.h)                                # T = 1: the untouched model
-    for a, b in pairwise(times):                            # 0, 1/T, 2/T, ..., below 1
+    for a, b in pairwise(times):                            # 0, 1/T, 2/T, ..., to 15/16 at most
         x_1_hat = V[logits.argmax(-1)]                      # the guess, a point of the token space
         x_t = x_t + (b - a) * (x_1_hat - x_t) / (1 - a)     # Eq. 4: a step towards it
         logits = pair(x_t, b, c)                            # Eq. 6: a path call
@@ -68,7 +68,7 @@ def velocity(x_t, t, x_1_hat):
 
 
 def euler_step(dx, x, a, b):
-    """From time a to b with the slope at a: one evaluation. dx(x, t) is the slope, as in all steps here."""
+    """From time a to b with the slope at a: one evaluation. dx(x, t) is the slope; there is none at t = 1."""
     return x + (b - a) * dx(x, a)
 
 
@@ -166,7 +166,7 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal[tuple(SOLVERS)] = "euler"  # midpoint, heun: two evaluations a step (deviation 10)
+    solver: Literal[tuple(SOLVERS)] = "euler"  # the paper's is midpoint (deviation 10)
     t_end: float = 0.0              # time of the last evaluation; 0: 1 - 1/T, at most 15/16; fixed_point: 0.9
     t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0 = even up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess

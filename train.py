@@ -2,7 +2,7 @@
 Train L2D, or one of its controls, on data made by prepare_data.py.
 
     python train.py config/l2d_gsm8k.py                                # GPT-2 and GSM8K, one GPU
-    torchrun --nproc_per_node=8 train.py                               # the same on eight
+    torchrun --nproc_per_node=8 train.py                               # or, instead, eight
     python train.py config/demo_l2d.py --out_dir=out/mine --steps=500  # after demo.sh: two CPU cores
 
     --trunk_mode  --path_mode

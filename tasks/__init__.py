@@ -2,9 +2,10 @@ r"""
 What a task is: where its problems come from, how prompt and answer are written, how an output is scored.
 
 A task is one entry of TASKS, at the end of this file; nothing elsewhere knows a task by its name. To add one,
-write a function that makes a Problem of a line of its file (by multiple_choice, if it is that: then the
-likelihood of each choice is scored, too), choose the reader of its answers in scoring.py, and write the
-entry. Most prompts are "Question: {}\nAnswer:", GSM8K's; the answer follows after a space.
+write a function (row, where, options) -> (split or "", Problem) for a line of its file (by multiple_choice,
+if it is that: then the likelihood of each choice is scored, too), choose the reader of its answers in
+scoring.py, and write the entry. Most prompts are "Question: {}\nAnswer:", GSM8K's; the answer follows after
+a space.
 """
 import csv
 import gzip
@@ -310,6 +311,7 @@ def mbpp(row, where, options):
 
 
 def multiple_choice(name, question, options, letter, subject, where):
+    """The Problem of a question with 2 to 10 options, texts, and the letter of the right one."""
     letter = letter.strip()
     if not 2 <= len(options) <= len(LETTERS) or letter not in list(LETTERS[:len(options)]):
         raise UserError(f"{where} has {len(options)} options and the answer {letter!r}; expected 2 to "
