@@ -15,7 +15,7 @@ import torch
 
 from configurator import UserError, require
 from files import lock, write_file
-from machine import pick_device, pick_dtype
+from machine import first_line, pick_device, pick_dtype
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
 from tokens import fingerprint, load_tokenizer
 
@@ -248,9 +248,8 @@ def pair_from(checkpoint, source):
             trunk.add_lora(*checkpoint["trunk_lora"])
         load_state(model, checkpoint["model"], source)
     except Exception as e:                                        # it may hold anything
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f"{source} was written by another version of this code, or is damaged "
-                        f"({why}); train it again") from None
+                        f"({first_line(e)}); train it again") from None
     model.trunk_sha256 = checkpoint["trunk_sha256"]
     return model
 

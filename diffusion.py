@@ -166,12 +166,12 @@ def algorithm_1(f, x_0, times, step=euler_step):
 class Sampler:
     # how a token is predicted
     steps: int = 16                 # T, evaluations of the model for one token; 1 is the untouched trunk
-    solver: Literal[tuple(SOLVERS)] = "euler"  # the paper's is midpoint (deviation 10)
+    solver: Literal[tuple(SOLVERS)] = "euler"  # the paper's: midpoint (deviation 10); adaptive: at most T
     t_end: float = 0.0              # time of the last evaluation; 0: 1 - 1/T, at most 15/16; fixed_point: 0.9
     t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0 = even up to t_end
     weight: float = 0.5             # fixed_point: of the newest guess
     tol: float = 0.1                # adaptive: error allowed per step, in units of x_1's standard deviation
-    stop: float = 0.0               # ends at a guess repeated, within stop sqrt(D) of the mean before (14)
+    stop: float = 0.0               # ends at a guess repeated within stop sqrt(D) of the mean before; 0 = off
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # x_1_hat: V of the best token, a sampled one, mean
     guidance: float = 1.0           # w of Eq. 7; 1 = off. Needs a label
     temperature: float = 0.0        # of the final choice of the token; 0 = the most probable
@@ -202,11 +202,11 @@ class Sampler:
 
     def plan(self, x_0):
         """The times and the step of Algorithm 1 that spend `steps` evaluations; of Heun to t = 1 one less."""
-        step, cost = SOLVERS[self.solver]
+        (step, cost), t_hold = SOLVERS[self.solver], 0.0
         n, left = divmod(self.steps - 1, cost)
-        times = time_grid(n + left, self.last_time(), self.t_hold if self.solver == "fixed_point" else 0.0)
         if self.solver == "fixed_point":
-            step = partial(step, x_0=x_0, weight=self.weight)
+            step, t_hold = partial(step, x_0=x_0, weight=self.weight), self.t_hold
+        times = time_grid(n + left, self.last_time(), t_hold)
 
         def euler_first(dx, x, a, b):                         # evaluations left over are Euler steps
             return (euler_step if b <= times[left] else step)(dx, x, a, b)

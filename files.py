@@ -59,8 +59,10 @@ def append_records(path, records):
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     try:
         with open(path, "a+b", buffering=0) as file:
-            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
-                data = b"\n" + data                          # a kill left half a line
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":                     # a kill left half a line
+                    data = b"\n" + data
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
