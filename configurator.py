@@ -11,6 +11,7 @@ is a number, a string, True or False. It is parsed, never executed.
 
 import ast
 import difflib
+import errno
 import glob
 import inspect
 import io
@@ -64,6 +65,20 @@ def run(main):
         raise SystemExit(128 + (e.args or (signal.SIGINT,))[0]) from None
     except OSError as e:
         raise UserError(f"{e.filename or 'a file'}: {e.strerror or e}") from None
+
+
+def first_line(error):
+    """Return the first line of an error's text, or its type's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def out_of_memory(error):
+    """Return whether the error says that memory ran out, on a CPU or on a GPU."""
+    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory", "bad_alloc",
+             "Storage size calculation overflowed", "Cannot allocate memory")
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(s in str(error) for s in signs)
 
 
 def at_least(config, **limits):

@@ -4,15 +4,14 @@ GPT-2's released weights: fetch, read and check them, and put them under the nam
 import json
 import math
 import os
-import re
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
 
 import torch
 
 from configurator import UserError, require
-from files import TIMEOUT, download
-from model import GPTConfig
+from model import GPT, GPTConfig
+from plumbing.checkpoint import load_state
+from plumbing.download import download, hash_of_the_hub
 
 GPT2_SIZES = {
     "gpt2":        GPTConfig(),                                   # 124M parameters
@@ -32,15 +31,18 @@ OURS = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytor
 
 def load_gpt2(name):
     """
-    GPT-2's weights from a hub name, a .safetensors file or a directory that has one: (tensors, n_head, path).
+    Return GPT-2 as a GPT, on the CPU in float32.
 
-    tensors: {name: float32 tensor} under the names of class GPT. Raises UserError where the file cannot be
-    had, is damaged, or is not GPT-2.
+    name: a size, a .safetensors file or a folder that has one. Raises UserError where the file cannot be had, is
+    damaged, or is not GPT-2.
     """
     path = Path(os.path.expanduser(name))
     path = find_weights(path, name) if path.exists() else download_weights(name)
     tensors = clean_names(read_sharded(path) if path.name == INDEX else read_safetensors(path), path)
-    n_embd, config = tensors["wte.weight"].shape[1], path.parent / "config.json"
+    vocab_size, n_embd = tensors["wte.weight"].shape
+    block_size = len(tensors["wpe.weight"])
+    n_layer = len({key.split(".")[1] for key in tensors if key.startswith("h.")})
+    config = path.parent / "config.json"
     if config.exists():
         n_head = check_config(config, tensors)
     elif n_embd % 64 == 0:
@@ -49,7 +51,9 @@ def load_gpt2(name):
             print(f"note: there is no {config}; assumed {n_head} heads of 64, as every released GPT-2 has")
     else:
         raise UserError(f"{path} does not tell the number of heads; put its config.json beside it")
-    return {k: v.float() for k, v in tensors.items()}, n_head, path
+    trunk = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
+    load_state(trunk, {k: v.float() for k, v in tensors.items()}, path)
+    return trunk
 
 
 def find_weights(path, name):
@@ -82,27 +86,6 @@ def download_weights(name):
     revision, n_bytes, sha256 = PINNED.get(size, ("main", None, None))
     url = f"{endpoint}/openai-community/{size}/resolve/{revision}/{FILE}"
     return download(url, path, n_bytes, sha256 or hash_of_the_hub(url))
-
-
-def hash_of_the_hub(url):
-    """The sha256 that the hub, or a mirror of it, names in the header of its answer for a large file."""
-    import requests  # here, for it takes long to load
-
-    at = url
-    try:
-        for _ in range(5):
-            reply = requests.head(at, timeout=TIMEOUT)
-            sha256 = reply.headers.get("X-Linked-Etag", "").strip('"')
-            target = urljoin(at, reply.headers.get("Location", ""))
-            if sha256 or not reply.is_redirect or urlsplit(target).netloc != urlsplit(at).netloc:
-                break                                        # the storage elsewhere knows no hash
-            at = target                                      # a mirror's own redirect
-        reply.raise_for_status()
-    except requests.RequestException as e:
-        raise UserError(f"cannot reach {url} ({e}); fetch {FILE} by hand and pass its path") from None
-    require(re.fullmatch("[0-9a-f]{64}", sha256), f"{url} comes without a sha256 (X-Linked-Etag) to check it "
-            "against; fetch it by hand and pass its path")
-    return sha256
 
 
 def check_config(path, tensors):

@@ -1,101 +1,27 @@
 """
-Files: written whole or not at all, downloaded and verified, locked while somebody works in their folder.
+Download a file, and verify it before it gets its name.
 """
-import errno
-import fcntl
 import hashlib
-import json
 import os
+import re
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
-from configurator import UserError
+from configurator import UserError, require
 
-TIMEOUT = (10, 60)                   # seconds to connect, seconds without a byte
-ATTEMPTS, BACKOFF = 5, 1.0           # attempts in a row without progress; seconds before the second, doubling
-SAY_EVERY = 5.0                      # seconds between two lines about a download
-
-
-def write_file(path, write):
-    """Calls write(file), file binary, and puts what it wrote to path: whole, and on the disk, or not at all.
-
-    Makes the folder. Raises UserError, naming path and reason, where that cannot be done.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")     # nobody else's
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; is there space, "
-                        "and may you write there?") from None
-    finally:                                                 # after an error or Ctrl-C; a success leaves none
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def read_records(path):
-    """The dicts in a JSONL log of ours, [] without a file. A line that is damaged costs itself alone."""
-    records = []
-    if os.path.exists(path):
-        for line in Path(path).read_bytes().split(b"\n"):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):             # half a line, NULs after a power cut
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-    return records
-
-
-def append_records(path, records):
-    """Add records to a JSONL log, in one write: several ranks or runs may do so at once."""
-    data = "".join(json.dumps(record) + "\n" for record in records).encode()
-    try:
-        with open(path, "a+b", buffering=0) as file:
-            if file.seek(0, os.SEEK_END) > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":                     # a kill left half a line
-                    data = b"\n" + data
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; what is in it is kept: make room, and run it "
-                        "again") from None
-
-
-def lock(folder):
-    """Makes the folder and locks it for this process, as long as the file that is returned is open."""
-    path = Path(folder) / "lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{folder} is in use by process {file.read().strip() or 'unknown'}; "
-                            "wait for its end, stop it, or choose another folder") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
-    return file
+TIMEOUT = (10, 60)                  # seconds to connect, seconds without a byte
+ATTEMPTS = 5                        # in a row without progress
+BACKOFF = 1.0                       # seconds before the second attempt; it doubles each time
+SAY_EVERY = 5.0                     # seconds between two lines about a download
 
 
 def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------------------------ downloads
 class Retry(Exception):
     """(what happened, least seconds to wait): a later request may do better."""
 
@@ -198,3 +124,26 @@ def receive(response, part, have, total):
                 print(f"  {f.tell() / 1e6:.1f} {of}", file=sys.stderr, flush=True)
         if total is not None and f.tell() < total:
             raise Retry("connection closed early", 0)
+
+
+def hash_of_the_hub(url):
+    """The sha256 that the hub, or a mirror of it, names in the header of its answer for a large file."""
+    import requests  # here, for it takes long to load
+
+    at = url
+    try:
+        for _ in range(5):
+            reply = requests.head(at, timeout=TIMEOUT)
+            sha256 = reply.headers.get("X-Linked-Etag", "").strip('"')
+            target = urljoin(at, reply.headers.get("Location", ""))
+            if sha256 or not reply.is_redirect or urlsplit(target).netloc != urlsplit(at).netloc:
+                break                                        # the storage elsewhere knows no hash
+            at = target                                      # a mirror's own redirect
+        reply.raise_for_status()
+    except requests.RequestException as e:
+        raise UserError(f"cannot reach {url} ({e}); fetch it by hand and pass its path") from None
+    require(re.fullmatch("[0-9a-f]{64}", sha256), f"{url} comes without a sha256 (X-Linked-Etag) to check it "
+            "against; fetch it by hand and pass its path")
+    return sha256
+
+

@@ -1,0 +1,145 @@
+"""
+Prepared data on disk, as prepare_data.py writes it, and batches of it.
+
+A folder holds, for each split (train, val, ...):
+    <split>.npz     the arrays of class Split, all examples one after the other
+    <split>.jsonl   the problems as text, one JSON object a line, for scoring (train.py never reads them)
+    manifest.json   tokenizer, prompt format, hashes, counts. It is written last: where it is, all the rest is
+"""
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from configurator import UserError, require
+from plumbing.files import write_file
+
+MANIFEST_KEYS = ("task", "tokenizer", "n_vocab", "eot", "prompt", "shots", "counts", "max_tokens", "group_names")
+
+
+class Split(NamedTuple):
+    tokens: np.ndarray                  # (N,) uint16, or uint32 where the vocabulary is larger
+    mask: np.ndarray                    # (N,) bool, True where the token is a target
+    offsets: np.ndarray                 # (n + 1,) int64: example i is tokens[offsets[i]:offsets[i + 1]]
+    groups: np.ndarray                  # (n,) uint8: the group of each example, an index into group_names
+
+
+# ---------------------------------------------------------------------------------------------- write
+def write_split(folder, split, data, problems):
+    """Write a Split to <split>.npz, and its problems, JSON-ready dicts in the same order, to <split>.jsonl."""
+    lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
+    write_file(Path(folder) / f"{split}.npz", lambda file: np.savez(file, **data._asdict()))
+    write_file(Path(folder) / f"{split}.jsonl", lambda file: file.write("".join(lines).encode()))
+
+
+def write_manifest(folder, manifest):
+    text = json.dumps(manifest, indent=2) + "\n"
+    write_file(Path(folder) / "manifest.json", lambda file: file.write(text.encode()))
+
+
+# ----------------------------------------------------------------------------------------------- read
+def remedy(data_dir):
+    """Return the command that makes the data of data_dir."""
+    path = Path(data_dir)
+    if path.parent == Path("data"):
+        return f"python prepare_data.py {path.name}"
+    return f"python prepare_data.py TASK --out_dir={path} (without a TASK it lists them)"
+
+
+def load_manifest(data_dir):
+    """Return the manifest of prepared data, a dict. Raises UserError if there is none or it is damaged."""
+    path = Path(data_dir) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in MANIFEST_KEYS if key not in manifest]
+        if missing or {"name", "fingerprint"} - manifest["tokenizer"].keys() or "" in manifest["counts"].keys():
+            raise ValueError(f"it has no {', '.join(missing) or 'sound tokenizer or counts'}")
+    except OSError as e:
+        raise UserError(f"no prepared data in {data_dir} ({path.name}: {e.strerror}); "
+                        f"make it with: {remedy(data_dir)}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is damaged, or was written by another version ({e}); make it again with: "
+                        f"{remedy(data_dir)}") from None
+    return manifest
+
+
+def load_split(data_dir, split):
+    """Return one Split of prepared data. Raises UserError if it is missing or damaged."""
+    manifest = load_manifest(data_dir)
+    if split not in manifest["counts"]:
+        raise UserError(f"{data_dir} has no split {split!r}; it has {', '.join(manifest['counts'])}")
+    path = Path(data_dir) / f"{split}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            data = Split(*(arrays[name] for name in Split._fields))
+        wrong = what_is_wrong(data, manifest, manifest["counts"][split])
+        if wrong:
+            raise ValueError(f"inconsistent {wrong}")
+    except Exception as e:              # zipfile and numpy raise anything on a damaged file
+        raise UserError(f"{path} is missing or damaged ({e}); make it again with: {remedy(data_dir)}") from None
+    return data
+
+
+def what_is_wrong(data, manifest, n):
+    """Return which property of a Split of n examples does not hold, or ""."""
+    tokens, mask, offsets, groups = data
+    dtypes = [array.dtype for array in data[1:]]
+    if tokens.dtype not in (np.uint16, np.uint32) or dtypes != [np.bool_, np.int64, np.uint8]:
+        return "dtypes"
+    if not n == len(groups) == len(offsets) - 1 or len(tokens) != len(mask):
+        return "counts"
+    if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 2).any():
+        return "offsets"
+    first, last = offsets[:-1], offsets[1:] - 1
+    if tokens.max() >= manifest["n_vocab"] or (tokens[last] != manifest["eot"]).any():
+        return "tokens"
+    if not mask[last].all() or mask[first].any():
+        return "mask"
+    return "groups" if groups.max() >= len(manifest["group_names"]) else ""
+
+
+# -------------------------------------------------------------------------------------------- batches
+def load_batch(data, ids, device):
+    """
+    Return the examples ids of a Split as one batch, padded on the right: (idx, at, y, group).
+
+    idx (B, S): the tokens. at: a pair (rows, columns), each (N,): the positions whose next token is a target.
+    y (N,): those targets. group (B,): the group of each example.
+    """
+    length = max(data.offsets[i + 1] - data.offsets[i] for i in ids) - 1
+    idx = np.zeros((len(ids), length), np.int64)
+    targets = np.full((len(ids), length), -1)
+    for row, i in enumerate(ids):
+        example = slice(data.offsets[i], data.offsets[i + 1])
+        tokens = data.tokens[example].astype(np.int64)
+        idx[row, :len(tokens) - 1] = tokens[:-1]
+        targets[row, :len(tokens) - 1] = np.where(data.mask[example][1:], tokens[1:], -1)
+    rows, columns = (targets >= 0).nonzero()
+    group = data.groups[list(ids)].astype(np.int64)
+
+    tensors = [torch.from_numpy(array) for array in (idx, rows, columns, targets[rows, columns], group)]
+    if torch.device(device).type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]        # so that the copies wait for nothing
+    idx, rows, columns, y, group = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return idx, (rows, columns), y, group
+
+
+def batches_of_epoch(lengths, batch_size, n_micro, seed):
+    """
+    Return the example ids of one epoch: (steps, n_micro, batch_size / n_micro), for all ranks together.
+
+    Shuffled examples are sorted by length within chunks of 50 batches, so that a batch has little padding and no
+    rank waits long for another. What fills no batch is left out until the next epoch. Data smaller than a batch is
+    repeated to fill one.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    if len(order) < batch_size:
+        order = np.resize(order, batch_size)
+    order = order[:len(order) // batch_size * batch_size]
+    chunks = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
+    by_length = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
+    batches = rng.permutation(by_length.reshape(-1, batch_size))
+    return batches.reshape(-1, n_micro, batch_size // n_micro)

@@ -1,0 +1,80 @@
+"""
+Choose the device and the number format to compute with.
+"""
+import os
+import sys
+
+import torch
+
+from configurator import first_line, require
+
+
+def read_environment():
+    """Return (rank, world, local rank), as torchrun has set them; (0, 1, 0) where there is one process.
+
+    The local rank counts the processes of this host. For one process, nothing but RANK and WORLD_SIZE is read.
+    Raises UserError where the variables do not go together.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ.get(name) for name in names}
+    if found["RANK"] in (None, "0") and found["WORLD_SIZE"] in (None, "1"):
+        return 0, 1, 0
+    try:
+        rank, world, local = (int(found[name]) for name in names[:3])
+        together = 0 <= rank < world and local >= 0 and None not in found.values()
+    except (TypeError, ValueError):
+        together = False
+    values = " ".join(f"{name}={value}" for name, value in found.items())
+    require(together, f"{values} in the environment do not go together; start several ranks by torchrun, or unset "
+            "these for one process")
+    return rank, world, local
+
+
+def pick_device(want):
+    """Return the torch.device that --device asks for: "auto", "cpu" or "cuda".
+
+    "auto" is CUDA where it exists, else the CPU. Under torchrun each rank gets the GPU of its local rank.
+    Raises UserError where there is no such GPU.
+    """
+    if want == "cpu" or want == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    require(torch.cuda.is_available(),
+            "--device=cuda, but this machine, or its torch, has no CUDA; use --device=cpu")
+    local = read_environment()[2]
+    n_gpus = torch.cuda.device_count()
+    require(local < n_gpus, f"rank {local} of this host has no GPU of its own, there are {n_gpus}; use torchrun "
+            f"--nproc_per_node={n_gpus}")
+    torch.cuda.set_device(local)
+    torch.set_float32_matmul_precision("high")
+    # cuDNN's attention makes a new plan for every shape, and each decoded token has a new shape
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", local)
+
+
+def pick_dtype(want, device):
+    """Return the torch.dtype that --dtype asks for: "auto", "float32", "bfloat16" or "float16".
+
+    "auto" is float32 on a CPU. On a GPU it is bfloat16, or float16 where the GPU only emulates bfloat16.
+    """
+    if want != "auto":
+        return getattr(torch, want)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def use_kernels_for_training(device, dtype):
+    """Switch the fused attention kernel off for half precision on a CPU, whose backward pass is 8 times slower."""
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or dtype == torch.float32)
+
+
+def compiles(device):
+    """Return whether torch.compile works on this device. If not, print a note that says why."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as e:              # no Triton, no C compiler, an old GPU: each raises another type
+        print(f"note: torch.compile fails here ({first_line(e)}): going on without", file=sys.stderr)
+        return False
+    return True

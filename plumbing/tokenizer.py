@@ -1,0 +1,94 @@
+"""
+Tokenizers: GPT-2's, which is fetched, and others, which data and checkpoints carry whole.
+"""
+import hashlib
+import os
+from pathlib import Path
+
+import tiktoken
+
+from configurator import UserError, require
+from plumbing.download import download
+
+ENDOFTEXT = "<|endoftext|>"
+GPT2 = {"name": "gpt2", "fingerprint": "0864d949365dfbe6"}
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {"vocab.bpe": (456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+              "encoder.json": (1042301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")}
+
+
+def describe_tokenizer(encoding):
+    """Return what load_tokenizer needs to make this tiktoken Encoding: a dict of strings, lists and numbers.
+
+    name, fingerprint; unless it is GPT-2's also pattern, pieces (the bytes of token 0, 1, ... as latin-1) and
+    special ({text: token}).
+    """
+    description = {"name": encoding.name, "fingerprint": fingerprint(encoding)}
+    if encoding.name == GPT2["name"]:
+        return description
+    pieces = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    return description | {"pattern": encoding._pat_str, "pieces": [piece.decode("latin-1") for piece in pieces],
+                          "special": encoding._special_tokens}
+
+
+def load_tokenizer(description):
+    """Return the tiktoken Encoding of such a description. Raises UserError if it cannot be made as described."""
+    name = description.get("name")
+    try:
+        if name == GPT2["name"]:
+            encoding = gpt2()
+        else:
+            ranks = {piece.encode("latin-1"): token for token, piece in enumerate(description["pieces"])}
+            encoding = tiktoken.Encoding(name, pat_str=description["pattern"], mergeable_ranks=ranks,
+                                         special_tokens=description["special"])
+        same = fingerprint(encoding) == description["fingerprint"]
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise UserError(f"the tokenizer {name!r} is not described whole ({type(e).__name__}: {e}); make the data or "
+                        "the checkpoint again") from None
+    require(same, f"the tokenizer {name!r} is not the one described, its fingerprint differs; make the data or the "
+            "checkpoint again")
+    return encoding
+
+
+def gpt2():
+    # tiktoken looks in this folder for sha1(url). With verified files there it fetches nothing itself.
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or str(Path(__file__).resolve().parents[1] / "data" / "tiktoken")
+    os.environ["TIKTOKEN_CACHE_DIR"] = folder
+    for file, (size, sha256) in GPT2_FILES.items():
+        url = GPT2_URL + file
+        download(url, Path(folder) / hashlib.sha1(url.encode()).hexdigest(), size, sha256)
+    return tiktoken.get_encoding("gpt2")
+
+
+def fingerprint(encoding):
+    """Return 16 hexadecimal digits that differ where two Encodings encode differently."""
+    parts = (sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]), encoding._pat_str,
+             sorted(encoding._special_tokens.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def encode_text(encoding, text, place):
+    """Return the token ids of a text. Raises UserError, naming place, if it holds a special token."""
+    if ENDOFTEXT in text:               # encode_ordinary would silently spell it with several tokens
+        raise UserError(f"{place} contains the special token {ENDOFTEXT}; remove it")
+    return encoding.encode_ordinary(text)
+
+
+def encode_question(encoding, prompt, question):
+    """Return the token ids of a user's own question in the format of a task, a string with one {}."""
+    require(question.strip(), "the prompt is empty; write a question")
+    return encode_text(encoding, prompt.format(question.strip()), "the prompt")
+
+
+def choice_tokens(encoding, choices):
+    """Return (ids, [token of each choice]): the choices as single tokens, after the ids that all begin with.
+
+    GPT-2 has " A", " B", ... as one token each, so ids is empty. Raises UserError where one token does not tell
+    the choices apart.
+    """
+    spelt = [encoding.encode_ordinary(choice) for choice in choices]
+    first = spelt[0][:-1]
+    if any(ids[:-1] != first for ids in spelt) or len({ids[-1] for ids in spelt}) < len(choices):
+        raise UserError(f"no single token of {encoding.name} tells the choices {choices} apart; "
+                        "leave out the likelihood of letters")
+    return first, [ids[-1] for ids in spelt]
