@@ -1,22 +1,40 @@
 """
 GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
-arXiv 2501.15781; "Eq." below are the paper's).
+arXiv 2501.15781). "Eq." means an equation of that paper.
 
-The *trunk* is GPT-2, frozen. The *path* runs beside it. It takes a noised embedding x_t of the token to
-predict, attends to the trunk's keys and values, and is added to the trunk once, before the final norm and the
-head. diffusion.py says where x_t comes from.
+Words, each used for one thing only:
+    trunk        the language model, here GPT-2. It is frozen.
+    path         the diffusion path, a second stack of blocks beside the trunk. It takes a noised embedding
+                 x_t of the token to predict and attends to the trunk's keys and values. Its output is added
+                 to the trunk's once, before the final norm and the head.
+    pair         trunk and path together: class L2D.
+    T            how often a token is predicted, the option --steps. T = 1 is the trunk alone.
+    evaluation   one of these T predictions. The first, at t = 0, is the trunk's own.
+    path call    one of the other T - 1 evaluations, which run the path.
+    solver step  a move of x_t from one time to a later one, along the velocity of Eq. 4.
 
 Shapes and symbols, here and in diffusion.py:
-    B, T    batch, sequence length (in diffusion.py T is the evaluations of one token)
-    C, L, H n_embd, n_layer, n_head                V_size   vocabulary
-    S       keys that a query may look at
-    N       positions at which a token is predicted, flat: in training the targets of a batch, in decoding
-            one or more positions of each row
-    D       x_dim, size of the token space         V        (V_size, D), the table of Eq. 5
-    x_t     (N, D)  noised token embedding         t        (N,) in [0, 1]: 0 is noise, 1 is data
-    w_d     (N, C)  weight of the path (Eq. 6), exactly 0 at t = 0             E  t_dim, of the time embedding
-    kv      a list of L pairs (k, v), each (B, H, S, C/H): the trunk's keys and values
-    c       a Context: what the trunk has read, the c of the paper's f(x_t, t, c)
+    B           rows of a batch                            V_size  size of the vocabulary
+    S           length of the sequence, and the keys that a query may see
+    Q           queries of a row; without a cache, Q = S
+    C, L, H     n_embd, n_layer, n_head                    E       t_dim, width of the time embedding
+    N           positions at which a token is predicted, as a flat list: in training the targets of a batch,
+                in decoding one position (or several) of each row
+    D           x_dim, size of the token space             V       (V_size, D), the table of Eq. 5
+    x_t         (N, D)  noised token embedding             t       (N,) in [0, 1]: 0 is noise, 1 is data
+    w_d         (N, C)  weight of the path (Eq. 6), exactly 0 at t = 0
+    kv          a list of L tuples (k, v), each (B, H, S, C/H): the trunk's keys and values
+    c           a Context, the c of the paper's f(x_t, t, c): what the trunk computed for N positions
+
+The way of one token through the code, with shapes:
+
+                  training: the N targets of a batch             decoding: one position of each of N rows
+    trunk         idx (B, S) -> h (B, S, C) -> c.h (N, C)        token (N, 1) and cache -> c.h (N, C)
+    x_t           t x_1 + (1 - t) x_0: (N, D)                    from x_0 (N, D), by T - 1 solver steps
+    condition     t, group (N,) -> L x (N, 6C) and w_d (N, C)    the same, looked up in a table
+    path          x_t (N, D) -> h (N, C), through L blocks       the same, T - 1 times
+    attention     q (N, C) -> (B, S, C), causal -> (N, C)        q (N, C) -> (N, 1, C), cached keys -> (N, C)
+    logits        (N, V_size), scored against y (N,)             (N, V_size) -> y (N,)
 """
 import copy
 import math
@@ -27,7 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError, at_least, require
+from configurator import at_least, require
 
 
 # ------------------------------------------------------------------------------------------- the trunk
@@ -40,23 +58,26 @@ class GPTConfig:
     n_embd: int = 768
 
     def __post_init__(self):
-        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise UserError(f"every size of the trunk must be at least 1, not {self}")
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
+        at_least(self, block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1)
+        require(self.n_embd % self.n_head == 0,
+                f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
 
 
 def borrow(module, name, value):
-    """Set module.name without registering it: used, but never saved, counted or moved a second time."""
+    """Set module.name = value without registering it as a part of the module.
+
+    parameters(), state_dict() and to() then do not see a weight twice that another module owns.
+    """
     object.__setattr__(module, name, value)
 
 
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / rank) B A x (Hu et al. 2021), with B = 0 at the start.
 
-    linear: the nn.Linear that holds W and b. owned: register it here, frozen (a LoRA on the trunk); or only
-    borrow it from the trunk (the path's LoRA), with which it trains, if that does. n_out: use only the first
-    n_out outputs of W (the queries of c_attn).
+    linear: the nn.Linear that holds W and b.
+    owned: True registers `linear` here and freezes it (a LoRA on the trunk). False only borrows it, since the
+        trunk owns it (the path's LoRA).
+    n_out: use only the first n_out outputs of `linear`, such as the queries of c_attn. Default: all.
     """
     def __init__(self, linear, rank, alpha, owned, n_out=None):
         super().__init__()
@@ -64,7 +85,8 @@ class LoRALinear(nn.Module):
             self.linear = linear.requires_grad_(False)
         else:
             borrow(self, "linear", linear)
-        self.n_out, self.scale = n_out or linear.out_features, alpha / rank
+        self.n_out = n_out or linear.out_features
+        self.scale = alpha / rank
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
         self.lora_B = nn.Parameter(torch.zeros(self.n_out, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -75,40 +97,46 @@ class LoRALinear(nn.Module):
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(C/H)) v.
+    """softmax(q k^T / sqrt(C/H)) v, as flash attention where the device has it.
 
-    q (B, T, C); k, v (B, H, S, C/H); mask (B, 1, T, S), True = visible. Without a mask, T = S queries attend
-    causally and a single query attends to every key. Returns (B, T, C).
+    q: (B, Q, C). k, v: (B, H, S, C/H). mask: (B, 1, Q, S), True where the key is visible. Without a mask,
+    Q = S queries attend causally, and a single query attends to every key. Returns (B, Q, C).
     """
-    B, T, C = q.shape
-    q = q.view(B, T, k.size(1), -1).transpose(1, 2)               # (B, H, T, C/H)
-    assert mask is not None or T in (1, k.size(2)), "the causal mask needs as many queries as keys"
-    is_causal = True if mask is None and T > 1 else False         # a symbolic bool breaks torch.compile
+    B, Q, C = q.shape
+    H = k.size(1)
+    assert mask is not None or Q in (1, k.size(2)), "without a mask there is one query, or as many as keys"
+    q = q.view(B, Q, H, C // H).transpose(1, 2)                   # (B, H, Q, C/H)
+    is_causal = True if mask is None and Q > 1 else False         # a plain bool: torch.compile needs one
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    return y.transpose(1, 2).reshape(B, T, C)
+    return y.transpose(1, 2).reshape(B, Q, C)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one matrix
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, pos=None, mask=None):
-        B, T, C = x.shape
+        """x (B, Q, C) -> the output (B, Q, C), and all keys and values (k, v), each (B, H, S, C/H)."""
+        B, Q, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
-        k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (k, v))  # (B, H, T, C/H)
-        if cache is not None:                                     # write k, v at pos, read them all
-            where = pos[:, None, :, None].expand_as(k)
-            k, v = cache[0].scatter_(2, where, k), cache[1].scatter_(2, where, v)  # (B, H, S, C/H)
+        k = k.view(B, Q, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, Q, C/H)
+        v = v.view(B, Q, self.n_head, C // self.n_head).transpose(1, 2)
+        if cache is not None:
+            columns = pos[:, None, :, None].expand_as(k)          # where the new keys go in the cache
+            k = cache[0].scatter_(2, columns, k)                  # (B, H, S, C/H), written in place
+            v = cache[1].scatter_(2, columns, v)
         return self.c_proj(attention(q, k, v, mask)), (k, v)
 
 
 class MLP(nn.Module):
+    """GPT-2's MLP. It is given its two maps, since the path's may be LoRAs on the trunk's."""
     def __init__(self, c_fc, c_proj):
         super().__init__()
-        self.c_fc, self.c_proj = c_fc, c_proj
+        self.c_fc = c_fc
+        self.c_proj = c_proj
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's GELU is the tanh form
@@ -118,8 +146,10 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.ln_1, self.attn = nn.LayerNorm(C), Attention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(C), MLP(nn.Linear(C, 4 * C), nn.Linear(4 * C, C))
+        self.ln_1 = nn.LayerNorm(C)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(C)
+        self.mlp = MLP(nn.Linear(C, 4 * C), nn.Linear(4 * C, C))
 
     def forward(self, x, cache=None, pos=None, mask=None):
         y, kv = self.attn(self.ln_1(x), cache, pos, mask)
@@ -127,12 +157,16 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x)), kv
 
     def linears(self):
-        """(owner, name) of every linear map."""
+        """(module, name) of every linear map of the block, for LoRA."""
         return [(self.attn, "c_attn"), (self.attn, "c_proj"), (self.mlp, "c_fc"), (self.mlp, "c_proj")]
 
 
 class GPT(nn.Module):
-    """GPT-2. Parameter names are those of its checkpoints; the head is tied to wte."""
+    """GPT-2, the trunk. Parameters have the names of its released checkpoints; the head is tied to wte.
+
+    The rest of the code asks a trunk for no more than this: forward, head, the embedding wte, the position
+    embedding wpe, config.n_embd and config.block_size, and blocks h that PathBlock can copy.
+    """
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -146,44 +180,46 @@ class GPT(nn.Module):
     def init_weights(self):
         """Matrices and embeddings N(0, 0.02^2); c_proj N(0, 0.02^2 / 2L); biases 0; norms 1."""
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                n_added = 2 * self.config.n_layer if "c_proj" in name else 1  # terms in the residual stream
-                nn.init.normal_(p, std=0.02 / math.sqrt(n_added))
+            if "c_proj" in name and p.dim() == 2:                 # 2L of them add to the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, idx, pos=None, cache=None, mask=None):
-        """Everything before the final norm.
+        """Run everything before the final norm.
 
-        idx (B, T) token ids; pos (B, T) their positions, 0..T-1 if not given. cache: L pairs (k, v) of shape
-        (B, H, S, C/H), into which keys and values are written at pos. mask (B, 1, T, S) as in attention.
-        Returns the states h (B, T, C), and kv.
+        idx: (B, Q) token ids. pos: (B, Q) their positions, by default 0 to Q-1. cache: L tuples (k, v), each
+        (B, H, S, C/H), into which the new keys and values are written at pos. mask: (B, 1, Q, S), as in
+        attention. Returns the hidden states h (B, Q, C), and kv.
         """
         if pos is None:
             pos = torch.arange(idx.size(1), device=idx.device)[None].expand_as(idx)
-        x = self.wte(idx) + self.wpe(pos)                         # (B, T, C)
+        h = self.wte(idx) + self.wpe(pos)                         # (B, Q, C)
         kv = []
         for i, block in enumerate(self.h):
-            x, pair = block(x, cache[i] if cache is not None else None, pos, mask)
-            kv.append(pair)
-        return x, kv
+            block_cache = cache[i] if cache is not None else None
+            h, k_and_v = block(h, block_cache, pos, mask)
+            kv.append(k_and_v)
+        return h, kv
 
     def lm_head(self, h):
         return F.linear(h, self.wte.weight)                       # tied to the embedding
 
     def head(self, h):
-        """States (..., C) -> logits (..., V_size)."""
+        """Hidden states (..., C) -> logits (..., V_size)."""
         return self.lm_head(self.ln_f(h))
 
     def add_lora(self, rank, alpha):
-        """Put a LoRA on each linear map of each block, to be trained; the weights below do not."""
+        """Wrap every linear map of every block in a LoRA. Of these blocks only the LoRAs then train."""
         for block in self.h:
             for owner, name in block.linears():
                 setattr(owner, name, LoRALinear(getattr(owner, name), rank, alpha, owned=True))
 
     @torch.no_grad()
     def merge_lora(self):
-        """Undo add_lora in place: what the LoRA learned goes into the weights, W + (alpha / rank) B A."""
+        """Undo add_lora: add what the LoRAs have learned to the weights, W + (alpha / rank) B A."""
         for block in self.h:
             for owner, name in block.linears():
                 lora = getattr(owner, name)
@@ -193,29 +229,27 @@ class GPT(nn.Module):
 
 # ----------------------------------------------------------------------------------- the diffusion path
 @dataclass(frozen=True)
-class PathConfig:
+class PathConfig:                   # `train.py --help` prints the comments of this class
     # the diffusion path
-    path_mode: Literal["none", "lora", "full"] = "full"  # no path; a LoRA; a copy (deviation 10)
-    lora_rank: int = 32             # of the path's LoRA, and of the trunk's
+    path_mode: Literal["none", "lora", "full"] = "full"  # no path, a LoRA on the trunk's blocks, or a copy
+    path_init: Literal["trunk", "paper"] = "trunk"  # a new path predicts what the trunk does; or starts off
+    lora_rank: int = 32             # of a LoRA path, and of a LoRA on the trunk
     lora_alpha: float = 32.0
     x_dim: int = 256                # D, size of the token space
     t_dim: int = 256                # E, width of the time embedding
     sigma: float = 64.0             # standard deviation of the noise x_0
-    input_scale: Literal["wiener", "unit"] = "wiener"  # how x_t enters (deviation 3); unit: the paper
-    time_scale: float = 1000.0      # factor on t before its sinusoids (deviation 4); 1: the paper
-    token_input: bool = True        # the last token enters the path, too (deviation 2); False: the paper
-    gate_init: float = 1.0          # gates of the path's residuals at the start (deviation 2); 0: the paper
-    w_init: float = 1.0             # w_d at the start, for t > 0 (deviation 2); 0: the paper
+    input_scale: Literal["wiener", "unit"] = "wiener"  # how x_t enters the path; unit is the paper's way
+    time_scale: float = 1000.0      # factor on t before its sinusoids; 1 is the paper's
 
     def __post_init__(self):
         at_least(self, lora_rank=1, x_dim=1, t_dim=2)
-        require(min(self.sigma, self.lora_alpha) > 0,
-                f"sigma={self.sigma} and lora_alpha={self.lora_alpha} must be above 0")
-        require(self.t_dim % 2 == 0, f"t_dim={self.t_dim} must be even: half of it cosines, half sines")
+        require(self.sigma > 0, f"sigma={self.sigma}, but it must be above 0")
+        require(self.lora_alpha > 0, f"lora_alpha={self.lora_alpha}, but it must be above 0")
+        require(self.t_dim % 2 == 0, f"t_dim={self.t_dim}, but it must be even: half cosines, half sines")
 
 
 def two_layers(n_in, n_hidden, n_out, zero=False, bias=True):
-    """Linear - SiLU - Linear. zero: the last layer starts at 0, so that what it controls starts off."""
+    """Linear - SiLU - Linear. With zero=True the last layer starts at 0, so that the output starts at 0."""
     net = nn.Sequential(nn.Linear(n_in, n_hidden), nn.SiLU(), nn.Linear(n_hidden, n_out, bias))
     if zero:
         for p in net[2].parameters():
@@ -224,19 +258,23 @@ def two_layers(n_in, n_hidden, n_out, zero=False, bias=True):
 
 
 def time_features(t, dim, time_scale):
-    """Sinusoids of time_scale * t (deviation 4), of periods 2 pi to nearly 2 pi 10^4. t (N,) -> (N, dim)."""
+    """Sinusoids of time_scale * t, with periods from 2 pi to nearly 2 pi 10^4. t (N,) -> (N, dim).
+
+    The paper's code feeds t itself, on which most sinusoids are constant. DiT has 1000 t (deviation 4).
+    """
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = time_scale * t[:, None] * freqs                      # (N, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def scale_input(x_t, t, sigma, input_scale):
-    """What the path is fed (deviation 3), float32 (N, D).
+    """Scale x_t (N, D) for the path, in float32.
 
-    A coordinate of x_t = t x_1 + (1 - t) x_0 has variance t^2 + (1 - t)^2 sigma^2, since one of x_1 has 1
-    (Eq. 5).
-    unit:   x_t / sqrt(variance), of unit variance at every t [the paper's code].
-    wiener: t x_t / variance, the best linear estimate of x_1: near 0 while x_t says nothing.
+    A coordinate of x_t = t x_1 + (1 - t) x_0 has the variance t^2 + (1 - t)^2 sigma^2, since a coordinate of
+    x_1 has the variance 1 (Eq. 5).
+        unit:    x_t / sqrt(variance), which has unit variance at every t, as in the paper's code.
+        wiener:  t x_t / variance, the best linear estimate of x_1. It is near 0 while x_t is nearly all
+                 noise, and a path learns faster with it (deviation 3).
     """
     variance = t * t + (1 - t) ** 2 * sigma ** 2                  # (N,)
     gain = t / variance if input_scale == "wiener" else variance.rsqrt()
@@ -244,103 +282,119 @@ def scale_input(x_t, t, sigma, input_scale):
 
 
 class PathBlock(nn.Module):
-    """A block of the path: GPT-2's, whose queries look at the trunk's keys and values, modulated by t."""
+    """A block of the path: a block of the trunk whose queries look at the trunk's keys and values.
+
+    It has no keys and values of its own, so no position of the path sees another, nor itself. The time t sets
+    the scale and shift of both norms and the gates of both residuals, as in DiT.
+    """
     def __init__(self, block, config):
         super().__init__()
-        C, attn, mlp = block.ln_1.normalized_shape[0], block.attn, block.mlp
-        if config.path_mode == "full":
+        C = block.ln_1.normalized_shape[0]
+        attn = block.attn
+        mlp = block.mlp
+        if config.path_mode == "full":                            # copies that train
             self.c_q = nn.Linear(C, C)
             self.c_q.weight.data.copy_(attn.c_attn.weight[:C])    # the query third of c_attn
             self.c_q.bias.data.copy_(attn.c_attn.bias[:C])
-            self.ln_1, self.c_proj = copy.deepcopy(block.ln_1), copy.deepcopy(attn.c_proj)
-            self.ln_2, self.mlp = copy.deepcopy(block.ln_2), copy.deepcopy(mlp)
-            self.requires_grad_(True)                             # copies of frozen weights are frozen
-        else:
-            borrow(self, "ln_1", block.ln_1)
-            borrow(self, "ln_2", block.ln_2)
+            self.ln_1 = copy.deepcopy(block.ln_1)
+            self.c_proj = copy.deepcopy(attn.c_proj)
+            self.ln_2 = copy.deepcopy(block.ln_2)
+            self.mlp = copy.deepcopy(mlp)
+            self.requires_grad_(True)                             # the trunk that they copy may be frozen
+        else:                                                     # LoRAs on the trunk's own weights
             def lora(linear, n_out=None):
                 return LoRALinear(linear, config.lora_rank, config.lora_alpha, owned=False, n_out=n_out)
-            self.c_q, self.c_proj = lora(attn.c_attn, n_out=C), lora(attn.c_proj)
+            borrow(self, "ln_1", block.ln_1)
+            borrow(self, "ln_2", block.ln_2)
+            self.c_q = lora(attn.c_attn, n_out=C)
+            self.c_proj = lora(attn.c_proj)
             self.mlp = MLP(lora(mlp.c_fc), lora(mlp.c_proj))
         self.modulation = two_layers(config.t_dim, config.t_dim, 6 * C, zero=True)
-        with torch.no_grad():                                     # weight, bias, gate of each norm: rows of C
-            self.modulation[2].bias.view(6, C)[[2, 5]] = config.gate_init
+        if config.path_init == "trunk":                           # open gates (deviation 2)
+            with torch.no_grad():
+                self.modulation[2].bias.view(6, C)[[2, 5]] = 1.0
 
     def modulate(self, emb):
-        """Adaptive LayerNorm, as in DiT: time embedding (N, E) -> weight, bias and gate of attention's norm,
-        then of the MLP's, (N, 6C); a norm's weight and bias are GPT-2's plus what t adds."""
+        """Time embedding (N, E) -> scale, shift and gate of attention, then of the MLP: (N, 6C).
+
+        Scale and shift are the weight and bias of the block's LayerNorm plus what t adds.
+        """
         no_gate = torch.zeros_like(self.ln_1.weight)
         norms = [self.ln_1.weight, self.ln_1.bias, no_gate, self.ln_2.weight, self.ln_2.bias, no_gate]
         return self.modulation(emb) + torch.cat(norms)
 
     def forward(self, h, modulation, kv, at, mask):
-        """h (N, C); modulation (N, 6C) or (1, 6C) from modulate; kv, at, mask as in Context."""
-        weight_1, bias_1, gate_1, weight_2, bias_2, gate_2 = modulation.chunk(6, dim=-1)
-        q = self.c_q(F.layer_norm(h, h.shape[-1:]) * weight_1 + bias_1)  # (N, C)
+        """h (N, C) -> (N, C). modulation: (N, 6C) or (1, 6C), from modulate. kv, at, mask: as in Context."""
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
+        q = self.c_q(F.layer_norm(h, h.shape[-1:]) * scale_1 + shift_1)  # (N, C)
         h = h + gate_1 * self.c_proj(attend_at(q, *kv, at, mask))
-        return h + gate_2 * self.mlp(F.layer_norm(h, h.shape[-1:]) * weight_2 + bias_2)
+        return h + gate_2 * self.mlp(F.layer_norm(h, h.shape[-1:]) * scale_2 + shift_2)
 
 
 def attend_at(q, k, v, at, mask):
-    """Attention of N single queries (N, C) over the trunk's k, v (B, H, S, C/H) -> (N, C).
+    """Attention of N single queries q (N, C) over the trunk's k, v (B, H, S, C/H). Returns (N, C).
 
-    The queries lie in a grid (B, Q): query i in row at[0][i], column at[1][i]. at = None: they fill it in
-    order. mask (B, 1, Q, S) says which keys each place of the grid sees. Without a mask there are two cases:
-        at = None, Q = 1, in decoding: a row's one query sees all of its keys;
-        Q = S, in training: column k sees the keys 0..k, by one causal kernel (flash attention).
+    attention wants its queries as a grid (B, Q): at = (rows, columns) says where in it each query lies, and
+    places without a query stay 0. at = None: the N queries fill the grid row by row, N = B Q.
+    mask (B, 1, Q, S): the keys that each place sees. None: in training Q = S, and column k sees keys 0 to k;
+    in decoding Q = 1, and the one query of a row sees all of its keys.
     """
     B, _, S, _ = k.shape
+    C = q.size(1)
     if at is None:
-        return attention(q.view(B, -1, q.size(1)), k, v, mask).view(q.shape)
-    grid = q.new_zeros(B, S if mask is None else mask.size(2), q.size(1)).index_put(at, q)
+        return attention(q.view(B, -1, C), k, v, mask).view(q.shape)
+    Q = S if mask is None else mask.size(2)
+    grid = q.new_zeros(B, Q, C).index_put(at, q)
     return attention(grid, k, v, mask)[at]
 
 
 class DiffusionPath(nn.Module):
-    """The path of L2D: as many blocks as the trunk, initialised from it (see PathBlock).
+    """The path: as many blocks as the trunk has, initialised from them, and what x_t and t need to enter.
 
-    At the start x_t and t contribute zero, and w_d is w_init for t > 0: the path computes the trunk's own
-    states, and the pair predicts at every t what the trunk does (deviation 2). With token_input=False,
-    gate_init=0, w_init=0 it starts as in the paper. Label n_labels means "no label".
+    With path_init="trunk" a new path computes the trunk's hidden states and ignores x_t and t, so the pair
+    predicts at every t what the trunk does (deviation 2). With "paper" its gates and w_d start at 0.
+    A guidance group is a number from 0 to n_groups - 1; n_groups itself means "no group".
     """
-    def __init__(self, trunk, config, n_labels):
+    def __init__(self, trunk, config, n_groups):
         super().__init__()
-        self.config, self.n_labels = config, n_labels
+        self.config = config
+        self.n_groups = n_groups
         C, D, E = trunk.config.n_embd, config.x_dim, config.t_dim
         self.W = nn.Linear(C, D, bias=False)                      # Eq. 5
-        self.x_in = two_layers(D, D, C, zero=config.token_input)  # deviation 2
+        self.x_in = two_layers(D, D, C, zero=config.path_init == "trunk")
         self.t_in = two_layers(E, E, E)
-        self.label = nn.Embedding(n_labels + 1, E)
-        nn.init.normal_(self.label.weight, std=0.02)
+        self.group = nn.Embedding(n_groups + 1, E)
+        nn.init.normal_(self.group.weight, std=0.02)
         self.h = nn.ModuleList(PathBlock(block, config) for block in trunk.h)
         self.w = two_layers(E, E, C, zero=True, bias=False)       # w(t) of Eq. 6; a bias would cancel
 
     def token_space(self, e):
-        """Eq. 5: V_y = sqrt(D) W e_y / |W e_y|, float32. e (..., C) token embeddings -> (..., D)."""
+        """Eq. 5: V_y = sqrt(D) W e_y / |W e_y|, in float32. e (..., C) token embeddings -> (..., D)."""
         with torch.autocast(e.device.type, enabled=False):
             V_y = self.W(e.to(self.W.weight.dtype)).float()
             return math.sqrt(self.config.x_dim) * F.normalize(V_y, dim=-1)
 
-    def time_embedding(self, t, label):
-        """t (N,) and label (N,) -> (N, E)."""
+    def time_embedding(self, t, group):
+        """t (N,) and group (N,) -> (N, E)."""
         features = time_features(t, self.config.t_dim, self.config.time_scale)
-        return self.t_in(features.to(self.W.weight.dtype)) + self.label(label)
+        return self.t_in(features.to(self.W.weight.dtype)) + self.group(group)
 
-    def condition(self, t, label):
-        """All that depends on t (N,) and label (N,) alone: L modulations (N, 6C), and w_d (N, C)."""
-        emb = self.time_embedding(t, label)                       # (N, E)
-        emb_0 = self.time_embedding(torch.zeros_like(t), label)   # of emb's shape, so that both round alike
+    def condition(self, t, group):
+        """All that depends on t (N,) and group (N,) alone: L modulations (N, 6C), and w_d (N, C) of Eq. 6."""
+        emb = self.time_embedding(t, group)                       # (N, E)
+        emb_0 = self.time_embedding(torch.zeros_like(t), group)   # in the shape of emb, to round like it
         w_d = self.w(emb) - self.w(emb_0)                         # Eq. 6: exactly 0 at t = 0
-        w_d = w_d + self.config.w_init * (t > 0)[:, None].to(w_d.dtype)  # deviation 2
+        if self.config.path_init == "trunk":                      # a new path counts in full (deviation 2)
+            w_d = w_d + (t > 0)[:, None].to(w_d.dtype)
         return [block.modulate(emb) for block in self.h], w_d
 
-    def forward(self, x_t, t, start, modulations, c):
-        """h_path (N, C), from x_t (N, D), t (N,) and the Context c; modulations from condition.
+    def forward(self, x_t, t, embedding, modulations, c):
+        """h_path (N, C), from x_t (N, D), t (N,) and the Context c.
 
-        start (N, C) is what enters besides x_t, see L2D.forward.
+        embedding: (N, C), what enters beside x_t, from L2D.forward. modulations: L x (N, 6C), from condition.
         """
         x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
-        h = self.x_in(x.to(self.W.weight.dtype)) + start          # (N, C)
+        h = self.x_in(x.to(self.W.weight.dtype)) + embedding      # (N, C)
         for block, modulation, kv in zip(self.h, modulations, c.kv):
             h = block(h, modulation, kv, c.at, c.mask)
         return h
@@ -348,65 +402,50 @@ class DiffusionPath(nn.Module):
 
 # -------------------------------------------------------------------------------------------- the pair
 class Context(NamedTuple):
-    """c in the paper: all that predicting the next token at N positions needs of what the trunk read."""
-    h: torch.Tensor                 # (N, C) the trunk's states there, before the final norm
-    token: torch.Tensor             # (N,) the token there, the last of its context
-    pos: torch.Tensor               # (N,) its position
-    kv: list                        # L pairs (k, v), each (B, H, S, C/H)
-    at: tuple = None                # (rows, columns), each (N,), in the grid of queries: see attend_at
-    mask: torch.Tensor = None       # (B, 1, Q, S), True = visible
-
-    def select(self, i):
-        """The same for the positions i (n,) alone, in their order; other rows are left out."""
-        B = self.kv[0][0].size(0)
-        if self.at is None and self.mask is None:                 # one query a row, which sees every key
-            return Context(self.h[i], self.token[i], self.pos[i], [(k[i], v[i]) for k, v in self.kv])
-        if self.at is None:
-            n_columns = len(self.pos) // B
-            rows, columns = i // n_columns, i % n_columns
-        else:
-            rows, columns = (z[i] for z in self.at)
-        kept, rows = rows.unique(return_inverse=True)
-        kv, mask = self.kv, self.mask
-        if len(kept) < B:
-            kv = [(k[kept], v[kept]) for k, v in kv]
-            mask = mask[kept] if mask is not None else None
-        return Context(self.h[i], self.token[i], self.pos[i], kv, (rows, columns), mask)
+    """The c of f(x_t, t, c): what the trunk computed for N positions and for all that comes before them."""
+    h: torch.Tensor                 # (N, C) the trunk's hidden states, before the final norm
+    token: torch.Tensor             # (N,) the token at each position, the last that is known
+    pos: torch.Tensor               # (N,) the position
+    kv: list                        # L tuples (k, v), each (B, H, S, C/H)
+    at: tuple = None                # where the N queries lie in a grid (B, Q), see attend_at
+    mask: torch.Tensor = None       # (B, 1, Q, S), the keys that each place of the grid sees, see attend_at
 
 
 class L2D(nn.Module):
-    """Trunk and path. The trunk is frozen here; a control unfreezes it: model.trunk.requires_grad_(True).
+    """The pair of trunk and path. path = None is the trunk alone.
 
-    path = None is the trunk alone. no_label: the number of the label that means none.
+    The constructor freezes the trunk. Only the controls, which finetune it, undo that.
+    no_group: the number that means "no guidance group".
     """
     def __init__(self, trunk, path=None):
         super().__init__()
-        self.trunk, self.path = trunk.requires_grad_(False), path
-        self.no_label = path.n_labels if path is not None else 0
+        self.trunk = trunk.requires_grad_(False)
+        self.path = path
+        self.no_group = path.n_groups if path is not None else 0
 
-    def read(self, idx, at):
-        """One trunk pass over idx (B, T): the Context of the positions at = (rows, columns), each (N,).
+    def read_context(self, idx, at):
+        """Run the trunk once over idx (B, S); return the Context of the positions at = (rows, columns).
 
-        A frozen trunk runs without autograd: nothing is stored for a backward pass.
+        A frozen trunk runs without autograd, so nothing is stored for a backward pass.
         """
         trains = any(p.requires_grad for p in self.trunk.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            h, kv = self.trunk(idx)
+            h, kv = self.trunk(idx)                               # (B, S, C)
         return Context(h[at], idx[at], at[1], kv, at)
 
     def embed(self, ids):
-        """x_1 of token ids (...): rows of V, (..., D). W gets gradients, the trunk's embedding none."""
+        """x_1 = V_y of token ids y (...): (..., D). W gets gradients, the trunk's embedding gets none."""
         return self.path.token_space(self.trunk.wte.weight.detach()[ids])
 
-    def forward(self, x_t, t, c, label, condition=None):
-        """f(x_t, t, c), logits (N, V_size), by Eq. 6: the head of h = h_trunk + w_d(t) * h_path.
+    def forward(self, x_t, t, c, group, condition=None):
+        """f(x_t, t, c), logits (N, V_size), by Eq. 6: the head of h_trunk + w_d(t) h_path.
 
-        x_t (N, D) and t (N,) float32; c a Context; label (N,) guidance labels. condition: path.condition(t,
-        label) where it is already known, for each position or one for all.
+        x_t: (N, D) float32. t: (N,) float32. c: a Context. group: (N,) guidance groups. condition:
+        path.condition(t, group) where it is known already, for each position or one for all.
         """
-        modulations, w_d = condition if condition is not None else self.path.condition(t, label)
-        start = self.trunk.wpe(c.pos)                             # (N, C), deviation 1
-        if self.path.config.token_input:                          # deviation 2
-            start = start + self.trunk.wte(c.token)
-        h_path = self.path(x_t, t, start, modulations, c)
-        return self.trunk.head(c.h + w_d * h_path)
+        modulations, w_d = condition if condition is not None else self.path.condition(t, group)
+        embedding = self.trunk.wpe(c.pos)                         # (N, C): GPT-2 is not rotary (deviation 1)
+        if self.path.config.path_init == "trunk":
+            embedding = embedding + self.trunk.wte(c.token)       # as the trunk's own input (deviation 2)
+        h_path = self.path(x_t, t, embedding, modulations, c)
+        return self.trunk.head(c.h + w_d * h_path)                # Eq. 6

@@ -1,33 +1,35 @@
 """
-Train L2D, or one of its controls, on data made by prepare_data.py.
+Train L2D, or one of its controls, on data that prepare_data.py has made.
 
-    python train.py config/l2d_gsm8k.py                                # GPT-2 and GSM8K, one GPU
-    torchrun --nproc_per_node=8 train.py                               # or, instead, eight
-    python train.py config/demo_l2d.py --out_dir=out/mine --steps=500  # after demo.sh: two CPU cores
+    python train.py config/l2d_gsm8k.py                                    # GPT-2 and GSM8K, one GPU
+    torchrun --nproc_per_node=8 train.py                                   # or, instead, eight GPUs
+    python train.py config/demo_l2d.py --out_dir=out/mine --max_iters=500  # two CPU cores, after demo.sh
+
+What trains is chosen by two options:
 
     --trunk_mode  --path_mode
-    frozen        full, lora    L2D
-    full, lora    none          the controls: finetuning of the trunk
-    full, lora    full, lora    both at once
+    frozen        full or lora  L2D
+    full or lora  none          a control: the trunk is finetuned, without a path
+    full or lora  full or lora  both at once
 
-The trunk is GPT-2, or the trunk of a checkpoint of this script (finetune first, then L2D on top), or starts
-from scratch. A path trained with --unroll is sampled with --solver=fixed_point --guess=mean.
+The trunk is GPT-2, or the trunk of a checkpoint of this script, or it starts from random weights.
 
-Writes to out_dir: see checkpoint.py; and metrics.jsonl. What a step draws depends on (seed, step,
-micro-batch) alone: a resumed run is the same run, and k ranks with one micro-batch each are the same run as
-one process with k. Ctrl-C and SIGTERM finish the step, save, and end with status 130 or 143; a second one
-ends at once.
+out_dir receives the checkpoints last.pt and best.pt, and metrics.jsonl. What an iteration draws depends only
+on the seed, the iteration and the micro-batch. So a resumed run is the same run. And eight ranks with one
+micro-batch each are the same run as one process with --gradient_accumulation_steps=8.
+
+Ctrl-C and SIGTERM finish the iteration, save, and end with status 130 or 143. A second one ends at once.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: else threads spin at every barrier
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: idle threads wait less busily for the others
 
 import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,18 +38,30 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import diffusion
-from batches import batch_of, batches_of_epoch, draw_noise, generator_for, load_fitting, steps_of_epoch
-from checkpoint import check_same_run, make_model, open_out_dir, pair_from, save_run
 from configurator import at_least, configure, require, without_effect
 from configurator import run as run_script
-from machine import StopSignals, compiles, pick_device, pick_dtype, ranks_of, use_kernels_for_training
-from model import PathConfig
-from prepare_data import Split, load_manifest
-from progress import Log, report, stop_if_bad, validate
+from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
+from plumbing.checkpoint import pair_from
+from plumbing.dataset import (
+    Split,
+    count_targets,
+    iterate_batches,
+    iters_per_epoch,
+    load_batch,
+    load_manifest,
+    load_split,
+)
+from plumbing.device import compiles, pick_device, pick_dtype, use_kernels_for_training
+from plumbing.ranks import StopSignals, ranks_of
+from plumbing.run_folder import MetricsLog, check_same_run, open_out_dir, save_run
+from plumbing.stepping import Stepper
+from plumbing.trunks import load_trunk
+
+N_BINS = 8                          # of t, in which the validation loss is reported
 
 
 @dataclass(frozen=True)
-class Config(PathConfig):
+class Config(PathConfig):           # `--help` prints the comments of this class
     # data and output
     data_dir: str = "data/gsm8k"    # made by prepare_data.py
     train_split: str = "train"
@@ -55,223 +69,349 @@ class Config(PathConfig):
     out_dir: str = "out/l2d_gsm8k"
     resume: bool = False            # go on from out_dir/last.pt
     # the trunk
-    trunk: str = "gpt2"             # GPT-2 size, .safetensors file or directory, checkpoint, or scratch
-    trunk_mode: Literal["frozen", "lora", "full"] = "frozen"  # trains: nothing, a LoRA on it, all of it
-    n_layer: int = 12               # n_layer, n_head, n_embd: of a trunk from scratch
+    trunk: str = "gpt2"             # a size of GPT-2, a .safetensors file or folder, a checkpoint, or scratch
+    trunk_mode: Literal["frozen", "lora", "full"] = "frozen"  # what of the trunk trains: nothing, LoRAs, all
+    n_layer: int = 12               # n_layer, n_head and n_embd: of a trunk from scratch
     n_head: int = 12
     n_embd: int = 768
-    block_size: int = 512           # longest example, in tokens; positions of a trunk from scratch
+    block_size: int = 512           # tokens of the longest example; positions of a trunk from scratch
     # diffusion
-    label_dropout: float = 0.2      # share of examples trained without their guidance label
-    unroll: int = 0                 # K: train through Algorithm 1, T = 2 to K + 1 (deviation 12); 0 = off
-    path_from: str = ""             # a checkpoint whose path to start from, for a later phase
+    group_dropout: float = 0.2      # share of the examples that train without their guidance group
+    unroll: int = 0                 # K: train through Algorithm 1, 1 to K path calls; 0: x_t from the truth
     # optimisation
-    steps: int = 3000               # optimizer steps
-    batch_size: int = 32            # examples per optimizer step, over all ranks
-    grad_accum: int = 1             # micro-batches per rank and step
+    max_iters: int = 3000           # optimizer steps
+    batch_size: int = 32            # examples of an optimizer step, over all ranks and micro-batches
+    gradient_accumulation_steps: int = 1  # micro-batches of a rank, which batch_size is divided into
     learning_rate: float = 1e-4
     min_lr: float = 1e-6
-    warmup: int = 100               # steps of linear warm-up; then linear decay to min_lr
-    weight_decay: float = 0.01      # on matrices
+    warmup_iters: int = 100         # linear warm-up; then linear decay to min_lr
+    weight_decay: float = 0.01      # of matrices
     beta1: float = 0.9
     beta2: float = 0.95
-    grad_clip: float = 1.0          # 0 = off
+    grad_clip: float = 1.0          # 0: off
     # evaluation and progress
-    eval_every: int = 250           # steps between evaluations; each writes last.pt, the best one best.pt
-    eval_examples: int = 500        # of the validation split
-    log_every: int = 10
+    eval_interval: int = 250        # iterations between evaluations; each writes last.pt, the best best.pt
+    eval_examples: int = 500        # examples of the validation split
+    log_interval: int = 10
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: float32 on a CPU
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on for cuda, off when unrolled
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA, but off with --unroll
     seed: int = 0
+    hints: ClassVar = {
+        "steps": "in train.py the number of optimizer steps is --max_iters. --steps is T, of sample.py",
+        "T": "T is --steps, of sample.py and evaluate.py; training does not need it",
+        "solver": "training does not use a solver; choose it in sample.py and evaluate.py",
+        "label_dropout": "it is now called --group_dropout",
+        "grad_accum": "it is now called --gradient_accumulation_steps",
+    }
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, steps=1, batch_size=1, grad_accum=1, eval_every=1, eval_examples=1, log_every=1,
-                 seed=0, block_size=2, warmup=0, weight_decay=0, grad_clip=0, unroll=0, min_lr=0,
-                 label_dropout=0, beta1=0, beta2=0)
+        at_least(self, max_iters=1, batch_size=1, gradient_accumulation_steps=1, eval_interval=1,
+                 eval_examples=1, log_interval=1, seed=0, block_size=2, warmup_iters=0, weight_decay=0,
+                 grad_clip=0, unroll=0, min_lr=0, group_dropout=0, beta1=0, beta2=0)
         require(self.out_dir, "out_dir is empty; name a folder")
         require(self.train_split != self.val_split, f"val_split={self.val_split} is trained on")
         require((self.trunk_mode, self.path_mode) != ("frozen", "none"), "trunk_mode=frozen with "
                 "path_mode=none trains nothing; choose a path, or lora or full for the trunk")
         require(self.trunk != "scratch" or self.trunk_mode == "full", f"trunk=scratch with trunk_mode="
                 f"{self.trunk_mode} would keep its random weights; use trunk_mode=full")
-        without_effect(self, "a path", self.path_mode != "none", "unroll", "path_from")
-        require(self.warmup < self.steps, f"warmup={self.warmup} must be below steps={self.steps}")
+        without_effect(self, "a path", self.path_mode != "none", "unroll")
+        without_effect(self, "trunk=scratch", self.trunk == "scratch", "n_layer", "n_head", "n_embd")
+        require(self.warmup_iters < self.max_iters,
+                f"warmup_iters={self.warmup_iters} must be below max_iters={self.max_iters}")
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate}, but it must be above 0")
-        require(self.label_dropout <= 1, f"label_dropout={self.label_dropout}, but it must be at most 1")
+        require(self.group_dropout <= 1, f"group_dropout={self.group_dropout}, but it must be at most 1")
         require(max(self.beta1, self.beta2) < 1, f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
         require(self.min_lr <= self.learning_rate, f"min_lr={self.min_lr} is above learning_rate="
                 f"{self.learning_rate}: the decay would be a rise; lower it")
 
 
-# ------------------------------------------------------------------------------------------ what it learns
+# ------------------------------------------------------------------------------------------ what is trained
+def make_model(config, manifest):
+    """The pair that the options ask for, on the CPU in float32. Raises UserError where they do not fit."""
+    if config.trunk == "scratch":
+        sizes = config.n_layer, config.n_head, config.n_embd
+        trunk = GPT(GPTConfig(config.block_size, manifest["n_vocab"], *sizes))
+    else:
+        trunk = load_trunk(config.trunk, manifest)
+    require(config.block_size <= trunk.config.block_size,
+            f"block_size={config.block_size} is beyond the trunk's {trunk.config.block_size} positions")
+    path = None
+    if config.path_mode != "none":
+        path_config = PathConfig(**{f.name: getattr(config, f.name) for f in fields(PathConfig)})
+        path = DiffusionPath(trunk, path_config, len(manifest["group_names"]))
+    model = L2D(trunk, path)                                  # freezes the trunk
+    if config.trunk_mode == "lora":
+        trunk.add_lora(config.lora_rank, config.lora_alpha)
+    return model
+
+
 class Loss(nn.Module):
-    """Eq. 3 at each target, as diffusion.nll: what is compiled whole, and what DDP wraps."""
+    """The loss as a module, to be compiled as a whole, and to be wrapped by DDP."""
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, *batch_and_noise):
-        return diffusion.nll(self.model, *batch_and_noise)
+    def forward(self, idx, at, y, group, t, x_0, steps=None):
+        """-log p(y) of each target, (N,). L2D: Eq. 3. steps: T of unrolled training."""
+        if self.model.path is None:
+            return diffusion.trunk_nll(self.model, idx, at, y)
+        if steps is not None:
+            return diffusion.unrolled_nll(self.model, idx, at, y, group, x_0, steps)
+        return diffusion.nll(self.model, idx, at, y, group, t, x_0)
 
 
-def trained(model):
+def trained_parameters(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def make_optimizer(model, config):
-    params = trained(model)
+def configure_optimizer(model, config):
+    """AdamW, with weight decay on matrices only."""
+    params = trained_parameters(model)
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
-def learning_rate(step, config):
-    """Linear warm-up to learning_rate, then linear decay to min_lr at the last step. step counts from 0."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
+def get_lr(iter_num, config):
+    """Linear warm-up to learning_rate, then linear decay, which reaches min_lr in the last iteration."""
+    if iter_num < config.warmup_iters:
+        return config.learning_rate * (iter_num + 1) / config.warmup_iters
+    done = (iter_num - config.warmup_iters) / max(1, config.max_iters - 1 - config.warmup_iters)
     return config.learning_rate + (config.min_lr - config.learning_rate) * done
+
+
+def make_generator(device, *key):
+    """A random generator seeded by the numbers in key. The first is 0 in training, 1 in validation."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+
+
+def draw_inputs(config, model, group, n, generator):
+    """Draw what a micro-batch of n targets needs: t (n,), x_0 (n, D), the groups (B,) that are kept, T or None.
+
+    Each target has its own t and x_0. A group is dropped for a whole example.
+    """
+    t, x_0 = diffusion.draw(n, config, generator)
+    group = diffusion.drop_groups(group, model.no_group, config.group_dropout, generator)
+    steps = diffusion.draw_steps(config.unroll, generator) if config.unroll else None
+    return t, x_0, group, steps
+
+
+@torch.no_grad()
+def estimate_loss(run, config, ranks):
+    """The mean validation loss per target, without groups: of L2D, also for each bin of t, and of the trunk.
+
+    Every call draws the same t and noise. Returns a dict of numbers.
+    """
+    model = run.model
+    n = min(config.eval_examples, len(run.val.groups))
+    sums = torch.zeros(3, N_BINS, dtype=torch.float64, device=ranks.device)  # targets, loss, the trunk's loss
+    for start in range(32 * ranks.rank, n, 32 * ranks.world):
+        idx, at, y, group = load_batch(run.val, range(start, min(start + 32, n)), ranks.device)
+        generator = make_generator(ranks.device, 1, config.seed, start)
+        t, x_0, group, steps = draw_inputs(config, model, group, len(y), generator)
+        group = torch.full_like(group, model.no_group)
+        with run.autocast:
+            trunk_losses = diffusion.trunk_nll(model, idx, at, y) if model.path else None
+            losses = run.loss(idx, at, y, group, t, x_0, steps)
+        trunk_losses = losses if trunk_losses is None else trunk_losses
+        bins = torch.zeros_like(y) if steps or not model.path else (t * N_BINS).long()
+        sums.index_add_(1, bins, torch.stack([torch.ones_like(losses), losses, trunk_losses]).double())
+    counts, losses, trunk_losses = ranks.sum(sums).tolist()
+    by_t = None
+    if model.path and not config.unroll:
+        by_t = [round(loss / count, 4) if count else None for loss, count in zip(losses, counts)]
+    return {"val_loss": sum(losses) / sum(counts), "trunk_loss": sum(trunk_losses) / sum(counts),
+            "val_loss_by_t": by_t}
 
 
 # ------------------------------------------------------------------------------------------------ the run
 @dataclass
 class Run:
-    """What a training run is made of, and where it stands."""
-    manifest: dict
-    data: Split                     # the training examples
+    """What a training run consists of, and how far it has come."""
+    manifest: dict                  # of the data
+    data: Split                     # training examples
     val: Split
-    model: nn.Module
-    loss_of: nn.Module              # (idx, at, y, label, t, x_0, T) -> -log p (N,)
-    ddp: nn.Module                  # the same, summing gradients over the ranks; None for one rank
+    model: L2D
+    loss: nn.Module                 # class Loss
+    ddp: nn.Module                  # the same, which also adds up gradients over the ranks; None for one rank
+    autocast: object                # the context in which the loss is computed
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    autocast: object
-    log: Log
-    lock: object                    # the open file that keeps others out of out_dir
-    step: int = 0
-    best: float = math.inf          # lowest validation loss
-    saved: int = -1                 # the step of last.pt
+    stepper: Stepper
+    sampler: dict                   # options with which this model wants to be sampled
+    lock: object                    # an open file, which keeps other processes out of out_dir
+    log: MetricsLog = None
+    iter_num: int = 0
+    best_val_loss: float = math.inf
+    saved_iter: int = -1            # the iteration of last.pt
 
 
 def set_up(config, ranks):
-    """The Run, new or resumed."""
-    require(config.batch_size % (ranks.world * config.grad_accum) == 0, f"batch_size={config.batch_size} "
-            f"does not divide into {ranks.world} ranks x grad_accum={config.grad_accum} micro-batches")
+    """The Run, new or resumed. Raises UserError."""
+    n_micro = ranks.world * config.gradient_accumulation_steps
+    require(config.batch_size % n_micro == 0, f"batch_size={config.batch_size} does not divide into "
+            f"{n_micro} micro-batches: {ranks.world} ranks x gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps}")
     manifest = load_manifest(config.data_dir)
-    data, val = load_fitting(config, config.train_split), load_fitting(config, config.val_split)
-
-    with ranks.main_first():                                  # it may download, and makes out_dir
-        lock_file, checkpoint = open_out_dir(config, ranks)
+    data = load_fitting(config, config.train_split)
+    val = load_fitting(config, config.val_split)
+    with ranks.main_first():                                  # the main rank makes out_dir, and may download
+        lock, checkpoint = open_out_dir(config, ranks)
         torch.manual_seed(config.seed)
         model = pair_from(checkpoint, checkpoint["path"]) if checkpoint else make_model(config, manifest)
-    if config.trunk_mode == "full":                           # the pair froze it
-        model.trunk.requires_grad_(True)
-    if config.trunk_mode == "lora" and not checkpoint:
-        model.trunk.add_lora(config.lora_rank, config.lora_alpha)
+    if config.trunk_mode == "full":
+        model.trunk.requires_grad_(True)                      # the pair has frozen it
     model.to(ranks.device)
 
-    kind, dtype = ranks.device.type, pick_dtype(config.dtype, ranks.device)
+    device_type = ranks.device.type
+    dtype = pick_dtype(config.dtype, ranks.device)
     use_kernels_for_training(ranks.device, dtype)
-    autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-    optimizer = make_optimizer(model, config)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
+    optimizer = configure_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+    stepper = Stepper(trained_parameters(model), optimizer, scaler, config.grad_clip)
 
-    loss_of = Loss(model)
-    wanted = config.compile == "on" or config.compile == "auto" and kind == "cuda" and not config.unroll
-    if wanted and compiles(ranks.device):
-        loss_of.compile()                                     # in place: names stay as they are
-    ddp = DistributedDataParallel(loss_of, gradient_as_bucket_view=True) if ranks.world > 1 else None
-
+    loss = Loss(model)
+    auto = device_type == "cuda" and not config.unroll
+    if (config.compile == "on" or config.compile == "auto" and auto) and compiles(ranks.device):
+        loss.compile()                                        # in place, so parameters keep their names
+    ddp = DistributedDataParallel(loss, gradient_as_bucket_view=True) if ranks.world > 1 else None
+    sampler = diffusion.UNROLLED if config.unroll else {}
+    run = Run(manifest, data, val, model, loss, ddp, autocast, optimizer, scaler, stepper, sampler, lock)
     if checkpoint:
         check_same_run(checkpoint, config, manifest, ranks)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
-    log = Log(config, ranks, checkpoint["step"] if checkpoint else 0)
-    run = Run(manifest, data, val, model, loss_of, ddp, optimizer, scaler, autocast, log, lock_file)
-    if checkpoint:
-        run.step, run.best, run.saved = checkpoint["step"], checkpoint["best"], checkpoint["step"]
+        run.iter_num = run.saved_iter = checkpoint["iter_num"]
+        run.best_val_loss = checkpoint["best_val_loss"]
         if not os.path.exists(os.path.join(config.out_dir, "best.pt")):
-            run.best = math.inf
+            run.best_val_loss = math.inf
             ranks.say(f"note: {config.out_dir}/best.pt is missing: the next evaluation writes it")
-    n_trunk, n_trained = (sum(p.numel() for p in z) for z in (model.trunk.parameters(), trained(model)))
-    ranks.say(f"{len(data.labels)} examples, {steps_of_epoch(data, config)} steps an epoch; "
-              f"trunk {n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {kind}, {dtype}")
+    run.log = MetricsLog(config, ranks, run.iter_num)
+    n_trunk = sum(p.numel() for p in model.trunk.parameters())
+    n_trained = sum(p.numel() for p in trained_parameters(model))
+    ranks.say(f"{len(data.groups)} examples, {iters_per_epoch(data, config.batch_size)} iterations an epoch; trunk "
+              f"{n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {device_type}, {dtype}")
     return run
 
 
+def load_fitting(config, split):
+    """A split of the data. Raises UserError where an example is longer than block_size."""
+    data = load_split(config.data_dir, split)
+    longest = int(np.diff(data.offsets).max())
+    require(longest - 1 <= config.block_size, f"{config.data_dir}: the longest example of {split} has "
+            f"{longest} tokens, but block_size={config.block_size}; raise it (no example is cut or dropped)")
+    return data
+
+
+def kept(run, config):
+    """What a message says of the last checkpoint."""
+    if run.saved_iter < 0:
+        return "Nothing is saved"
+    return f"{config.out_dir}/last.pt holds iteration {run.saved_iter}"
+
+
 def evaluate_and_save(run, config, ranks):
-    loss = validate(run, config, ranks)
-    better, run.best = loss < run.best, min(loss, run.best)
+    """Print and log the validation loss, and save. Raises UserError where the loss is not finite."""
+    found = estimate_loss(run, config, ranks)
+    val_loss = found["val_loss"]
+    require(math.isfinite(val_loss), f"the validation loss is {val_loss} at iteration {run.iter_num}; lower "
+            f"learning_rate, or use another dtype. {kept(run, config)}")
+    text = f"iter {run.iter_num}: validation loss {val_loss:.4f}"
+    if run.model.path:
+        text += f" (trunk {found['trunk_loss']:.4f})"
+    if found["val_loss_by_t"]:
+        text += "  by t " + " ".join("-" if x is None else f"{x:.3f}" for x in found["val_loss_by_t"])
+    ranks.say(text)
+    run.log(iter_num=run.iter_num, **found)
+    better = val_loss < run.best_val_loss
+    run.best_val_loss = min(val_loss, run.best_val_loss)
     save_run(run, config, ranks, better)
 
 
+def report(run, config, ranks, loss, norm, lr, tokens, started):
+    """A line about the last iteration. tokens: targets since started, a pair of time and iteration."""
+    loss = ranks.sum(loss).item()
+    norm = norm.item()
+    seconds = time.time() - started[0]
+    left = int(seconds / (run.iter_num - started[1]) * (config.max_iters - run.iter_num))
+    ranks.say(f"iter {run.iter_num}/{config.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
+              f"{tokens / seconds:,.0f} target tokens/s  ETA {left // 60}:{left % 60:02d}")
+    run.log(iter_num=run.iter_num, loss=loss if math.isfinite(loss) else None, lr=lr,
+            grad_norm=norm if math.isfinite(norm) else None, seconds=round(seconds, 1),
+            tokens_per_second=round(tokens / seconds))
+
+
+def asked_to_stop(stop, ranks, iter_num):
+    """Whether a signal has come, on any rank. Ranks ask each other in every tenth iteration."""
+    if ranks.world == 1:
+        return stop.number != 0
+    return iter_num % 10 == 0 and ranks.any(stop.number)
+
+
 def train(config, ranks):
-    # batches.py draws, diffusion.nll is the loss, progress.py watches, checkpoint.py saves
-    run, device, stop = set_up(config, ranks), ranks.device, StopSignals()
-    lengths, n_micro = np.diff(run.data.offsets), ranks.world * config.grad_accum
-    n_targets_of = np.add.reduceat(run.data.mask, run.data.offsets[:-1], dtype=np.int64)   # of each example
-    epoch, start, tokens = None, (time.time(), run.step), 0
-    bad_in_a_row = torch.zeros((), device=device)             # steps whose gradient was not finite
-    progress = tqdm(total=config.steps, initial=run.step, disable=not (ranks.main and sys.stderr.isatty()))
-    if run.saved < 0 or run.step >= config.steps and run.best == math.inf:  # a new run, or its best is lost
-        evaluate_and_save(run, config, ranks)
+    run = set_up(config, ranks)
+    stop = StopSignals()
+    n_micro = ranks.world * config.gradient_accumulation_steps
+    batches = iterate_batches(run.data, config.batch_size, n_micro, config.seed, run.iter_num)
+    tokens = 0                                                # targets seen since the start, for the speed
+    started = time.time(), run.iter_num
+    progress = tqdm(total=config.max_iters, initial=run.iter_num,
+                    disable=not (ranks.main and sys.stderr.isatty()))
+    if run.saved_iter < 0 or run.iter_num >= config.max_iters and run.best_val_loss == math.inf:
+        evaluate_and_save(run, config, ranks)                 # a new run, or one whose best.pt is lost
 
-    while run.step < config.steps:
-        if epoch != run.step // steps_of_epoch(run.data, config):
-            epoch = run.step // steps_of_epoch(run.data, config)
-            order = batches_of_epoch(lengths, config.batch_size, n_micro, [config.seed, epoch])
-        ids = order[run.step % len(order)]                    # (n_micro, examples of each), of all ranks
-        n_targets, loss_sum = int(n_targets_of[ids].sum()), torch.zeros((), device=device)
+    while run.iter_num < config.max_iters:
+        # which examples: the same on every rank
+        ids = next(batches)                                   # (n_micro, examples of a micro-batch)
+        n_targets = count_targets(run.data, ids)              # of the whole batch, on all ranks
+        loss_sum = torch.zeros((), device=ranks.device)
 
+        # forward and backward, for the micro-batches of this rank
         for micro in range(ranks.rank, n_micro, ranks.world):
-            idx, at, y, label = batch_of(run.data, ids[micro], device)
-            generator = generator_for(device, 0, config.seed, run.step, micro)
-            label, t, x_0, T = draw_noise(config, run.model, label, len(y), generator)
-            more = run.ddp and micro + ranks.world < n_micro  # ranks sum their gradients once a step
-            with (run.ddp.no_sync() if more else nullcontext()), run.autocast:
-                losses = (run.ddp or run.loss_of)(idx, at, y, label, t, x_0, T)       # (N,), Eq. 3
-                loss = losses.sum() / n_targets               # deviation 9: no mean of means
-            run.scaler.scale(loss * ranks.world).backward()   # DDP averages over ranks: times world, the sum
+            idx, at, y, group = load_batch(run.data, ids[micro], ranks.device)  # (B, S), 2 x (N,), (N,), (B,)
+            generator = make_generator(ranks.device, 0, config.seed, run.iter_num, micro)
+            t, x_0, group, steps = draw_inputs(config, run.model, group, len(y), generator)  # (N,), (N, D)
+            more = run.ddp and micro + ranks.world < n_micro  # ranks add up gradients after the last one only
+            with run.ddp.no_sync() if more else nullcontext(), run.autocast:
+                losses = (run.ddp or run.loss)(idx, at, y, group, t, x_0, steps)  # (N,), Eq. 3
+                loss = losses.sum() / n_targets               # a mean over all targets, not a mean of means
+            run.scaler.scale(loss * ranks.world).backward()   # DDP averages over ranks; this makes it a sum
             loss_sum += loss.detach()
 
-        run.scaler.unscale_(run.optimizer)
-        norm = nn.utils.clip_grad_norm_(trained(run.model), config.grad_clip or math.inf)     # of all ranks
-        bad = (~norm.isfinite()).float()
-        bad_in_a_row = (bad_in_a_row + bad) * bad
-        if not run.scaler.is_enabled():
-            run.optimizer.found_inf = bad                     # the fused AdamW skips the step where this is 1
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, config)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.step, tokens = run.step + 1, tokens + n_targets
+        # one optimizer step
+        lr = get_lr(run.iter_num, config)
+        norm = run.stepper.step(lr)
+        run.iter_num += 1
+        tokens += n_targets
         progress.update()
 
-        last, logs = run.step == config.steps, run.step % config.log_every == 0
-        if logs or last or device.type == "cpu":              # to read a number from a GPU is to wait for it
-            stop_if_bad(bad_in_a_row, t, losses, run, config)
-        if logs or last:
-            report(run, config, ranks, loss_sum, norm, tokens, start)
-        stopped = stop.number                                 # ranks ask each other at every tenth step
-        if ranks.world > 1:
-            stopped = run.step % 10 == 0 and ranks.any(stop.number)
-        if run.step % config.eval_every == 0 or last:
+        # report, evaluate, save, stop
+        last = run.iter_num == config.max_iters
+        log_now = last or run.iter_num % config.log_interval == 0
+        if log_now or ranks.device.type == "cpu":             # on a GPU it takes time to look at a number
+            run.stepper.check(run.iter_num, losses, kept(run, config))
+        if log_now:
+            report(run, config, ranks, loss_sum, norm, lr, tokens, started)
+        stopped = asked_to_stop(stop, ranks, run.iter_num)
+        if last or run.iter_num % config.eval_interval == 0:
             evaluate_and_save(run, config, ranks)
         elif stopped:
             save_run(run, config, ranks)
         if stopped and not last:
-            ranks.say(f"stopped at step {run.step}; go on with --resume")
+            ranks.say(f"stopped at iteration {run.iter_num}; go on with --resume")
             raise SystemExit(128 + (stop.number or 15))
     progress.close()
 
 
 def main(argv=None):
     config = configure(Config, argv, __doc__)
-    with ranks_of(pick_device(config.device), "raise grad_accum, or lower batch_size") as ranks:
+    remedy = "raise gradient_accumulation_steps, or lower batch_size"
+    with ranks_of(pick_device(config.device), remedy) as ranks:
         train(config, ranks)
 
 

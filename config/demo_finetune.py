@@ -12,9 +12,9 @@ path_mode = "none"
 block_size = 128
 
 batch_size = 16
-steps = 4000
+max_iters = 4000
 learning_rate = 5e-4
 min_lr = 1e-4
-warmup = 100
-eval_every = 1000
-log_every = 200
+warmup_iters = 100
+eval_interval = 1000
+log_interval = 200

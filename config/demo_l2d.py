@@ -16,9 +16,9 @@ x_dim = 64
 t_dim = 64
 
 batch_size = 16
-steps = 4000
+max_iters = 4000
 learning_rate = 1e-3
 min_lr = 1e-4
-warmup = 100
-eval_every = 1000
-log_every = 200
+warmup_iters = 100
+eval_interval = 1000
+log_interval = 200

@@ -19,9 +19,9 @@ n_embd = 128
 block_size = 128
 
 batch_size = 16             # on a CPU many small steps learn more per minute than few large ones
-steps = 5000
+max_iters = 5000
 learning_rate = 2e-3
 min_lr = 1e-4
-warmup = 100
-eval_every = 1000
-log_every = 200
+warmup_iters = 100
+eval_interval = 1000
+log_interval = 200

@@ -10,5 +10,5 @@ out_dir = "out/finetune_gsm8k"
 trunk_mode = "full"
 path_mode = "none"
 
-steps = 3000
+max_iters = 3000
 learning_rate = 5e-5

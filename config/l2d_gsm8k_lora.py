@@ -12,5 +12,5 @@ path_mode = "lora"
 lora_rank = 32
 lora_alpha = 32.0
 
-steps = 3000
+max_iters = 3000
 learning_rate = 3e-4        # a LoRA bears and wants a larger rate

@@ -12,5 +12,5 @@ path_mode = "none"
 lora_rank = 256
 lora_alpha = 256.0
 
-steps = 3000
+max_iters = 3000
 learning_rate = 3e-4

@@ -143,3 +143,22 @@ def batches_of_epoch(lengths, batch_size, n_micro, seed):
     by_length = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
     batches = rng.permutation(by_length.reshape(-1, batch_size))
     return batches.reshape(-1, n_micro, batch_size // n_micro)
+
+
+def iters_per_epoch(data, batch_size):
+    return max(1, len(data.groups) // batch_size)
+
+
+def iterate_batches(data, batch_size, n_micro, seed, iter_num):
+    """Yield the example ids (n_micro, batch_size / n_micro) of iteration iter_num and of all that follow."""
+    lengths = np.diff(data.offsets)
+    while True:
+        epoch, place = divmod(iter_num, iters_per_epoch(data, batch_size))
+        order = batches_of_epoch(lengths, batch_size, n_micro, [seed, epoch])
+        yield from order[place:]
+        iter_num += len(order) - place
+
+
+def count_targets(data, ids):
+    """Return the number of targets in the examples ids, an array of any shape."""
+    return int(sum(data.mask[data.offsets[i]:data.offsets[i + 1]].sum() for i in ids.flatten()))
