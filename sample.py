@@ -1,59 +1,46 @@
 """
-Answer a question with a checkpoint of train.py: Algorithm 1, token by token.
+Answer a question with a model that train.py has trained: Algorithm 1, token after token.
 
-    python sample.py --out_dir=out/demo_l2d --steps=16                 # the default question
-    python sample.py --out_dir=out/demo_l2d --steps=16 --trace         # and how each token's guess changed
-    python sample.py --steps=1 --num_samples=3 --temperature=0.8       # the untouched trunk of out/l2d_gsm8k
+    python sample.py --out_dir=out/demo_l2d --steps=16              # the default question
+    python sample.py --out_dir=out/demo_l2d --steps=16 --trace      # show how the guess of each token changes
+    python sample.py --steps=1 --num_samples=3 --temperature=0.8    # the trunk alone, of out/l2d_gsm8k
 """
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from checkpoint import load
-from configurator import UserError, at_least, configure, require, run, without_effect
-from decode import Decoding, generate
-from exam.report import format_trace
-from packed import pack
-from tokens import encode_question
+from configurator import at_least, configure, require, run, without_effect
+from decode import DecodingConfig
+from plumbing.packed import pack
+from plumbing.sampling import find_group
+from plumbing.tokenizer import encode_question
+from plumbing.trace import format_trace
+from plumbing.trained import load
+from speculate import generate
 
 QUESTION = "Leo makes 42 stamps and Tom makes 5 for him. He wants 59 stamps. How many more does he need?"
-AT_ONCE = 64                        # samples written side by side, for memory
+MOST_ROWS = 64                      # samples written side by side; more would need much memory
 
 
 @dataclass(frozen=True)
-class Config(Decoding):
+class Config(DecodingConfig):       # `--help` prints the comments of this class
     # what to sample, and from what
     out_dir: str = "out/l2d_gsm8k"  # of train.py
     checkpoint: Literal["best", "last"] = "best"
     prompt: str = QUESTION          # the question
-    label: str = ""                 # guidance label, by name; empty = none
+    group: str = ""                 # guidance group, by name; empty: none
     num_samples: int = 1
-    trace: bool = False             # show how each token's guess changes over the steps
+    trace: bool = False             # show how the guess of each token changes
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
-
-
-def label_of(config, model, checkpoint):
-    """The number of the label that config names. UserError for what the checkpoint does not have."""
-    names, out_dir = checkpoint["data"]["label_names"], config.out_dir
-    if model.path is None and config.steps > 1:
-        raise UserError(f"{out_dir} holds a trunk without a path, which has only --steps=1, not "
-                        f"{config.steps}; train a path on it: python train.py --trunk={out_dir}/best.pt "
-                        f"--data_dir={checkpoint['config']['data_dir']} --out_dir=out/l2d")
-    if config.label and (model.path is None or config.label not in names):
-        known = ", ".join(names) if model.path else "none, for want of a path"
-        raise UserError(f"label={config.label!r}, but the labels of {out_dir} are: {known}")
-    if config.guidance != 1 and not config.label:
-        raise UserError(f"guidance={config.guidance} needs a --label: one of {', '.join(names)}")
-    if config.guidance != 1 and config.steps <= 2:
-        raise UserError(f"guidance={config.guidance} acts through x_t, needs --steps=3 or more, not "
-                        f"{config.steps}: the last is read with the label alone")
-    if config.label and config.steps == 1:
-        raise UserError(f"label={config.label!r} does nothing at steps=1, which is the trunk alone; "
-                        "use --steps=2 or more")
-    return names.index(config.label) if config.label else model.no_label
+    hints: ClassVar = {
+        "T": "T is --steps",
+        "sigma": "sigma was chosen in training (train.py --sigma=8) and is kept in the checkpoint",
+        "label": "it is now called --group",
+        "max_iters": "that is an option of train.py",
+    }
 
 
 def main(argv=None):
@@ -61,28 +48,38 @@ def main(argv=None):
     at_least(config, num_samples=1)
     without_effect(config, "--steps=2 or more", config.steps > 1, "solver", "t_end", "stop", "guess")
     model, encoding, checkpoint = load(config.out_dir, config.checkpoint, config.device, config.dtype)
-    label = label_of(config, model, checkpoint)
+    wishes = checkpoint["sampler"]                                # of a path trained with --unroll
+    config = configure(Config, argv, __doc__, defaults=wishes)
+    if wishes and config.steps > 1:
+        print("--- the checkpoint asks for " + ", ".join(f"--{name}={value}" for name, value in wishes.items()))
+    group = find_group(config, model, checkpoint)
     prompt = encode_question(encoding, checkpoint["data"]["prompt"], config.prompt)
-    require(len(prompt) <= model.trunk.config.block_size, f"the prompt has {len(prompt)} tokens, but the "
-            f"model only {model.trunk.config.block_size} positions; shorten it")
+    n_positions = model.trunk.config.block_size
+    require(len(prompt) <= n_positions,
+            f"the prompt has {len(prompt)} tokens, but the model only {n_positions} positions; shorten it")
     pack(model)
-    start, outputs = time.time(), []
-    for first in range(0, config.num_samples, AT_ONCE):
-        ids = range(first, min(first + AT_ONCE, config.num_samples))
-        n_rows, eot = len(ids), encoding.eot_token
-        for output in generate(model, [prompt] * n_rows, eot, config, [label] * n_rows, ids, config.trace):
+
+    start = time.time()
+    outputs = []
+    while len(outputs) < config.num_samples:
+        n = min(MOST_ROWS, config.num_samples - len(outputs))
+        ids = range(len(outputs), len(outputs) + n)
+        for output in generate(model, [prompt] * n, encoding.eot_token, config, [group] * n, ids, config.trace):
             outputs.append(output)
             print(f"--- sample {len(outputs)} of {config.num_samples}")
             end = "" if output.ended else "  [cut: no end of text]"
             print(encoding.decode(prompt) + encoding.decode(output.tokens) + end)
-            if output.trace:
-                tokens = output.tokens + [eot] * output.ended
+            if config.trace:
+                tokens = output.tokens + [encoding.eot_token] * output.ended
                 print(format_trace(output, tokens, encoding, sys.stdout.isatty()))
     seconds = time.time() - start
-    counts = ("predicted", "nfe", "computed", "rounds")
-    n, nfe, computed, rounds = (sum(getattr(output, name) for output in outputs) for name in counts)
-    print(f"--- steps={config.steps} {config.solver}: {n} tokens, NFE {nfe / n:.2f} path calls per token "
-          f"({computed / n:.2f} computed, {n / rounds:.1f} tokens a round), {n / seconds:.1f} tokens/s")
+
+    n_tokens = sum(output.predicted for output in outputs)
+    nfe = sum(output.nfe for output in outputs) / n_tokens
+    computed = sum(output.computed for output in outputs) / n_tokens
+    per_round = n_tokens / sum(output.rounds for output in outputs)
+    print(f"--- steps={config.steps} {config.solver}: {n_tokens} tokens, NFE {nfe:.2f} path calls per token "
+          f"({computed:.2f} computed, {per_round:.1f} tokens per round), {n_tokens / seconds:.1f} tokens/s")
 
 
 if __name__ == "__main__":
