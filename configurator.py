@@ -1,14 +1,17 @@
 """
-nanoGPT's command line, made strict:
+The command line of every script, which is nanoGPT's, made strict:
 
     python train.py [config/x.py ...] [--key=value ...]
 
-Arguments apply from left to right, so the last one wins. Keys are the fields of a frozen dataclass,
-typed int, float, bool, str or Literal["a", "b"]. `--batch-size` equals `--batch_size`, a bare `--flag`
-is `--flag=True`, and strings are taken as they stand. A config file holds lines `name = value`; a value
-is a number, a string, True or False. It is parsed, never executed.
-"""
+Arguments apply from left to right, so the last one wins. The options are the fields of a frozen dataclass,
+of type int, float, bool, str or Literal["a", "b"]. `--batch-size` equals `--batch_size`, and a bare `--flag`
+is `--flag=True`. A config file holds lines `name = value`; a value is a number, a string, True or False. The
+file is parsed, never executed.
 
+`--help` prints the comments in that dataclass: a comment above a field as a heading, one behind it as its
+explanation. A class attribute `hints: ClassVar = {name: text}` says what to do instead of an option that does
+not exist.
+"""
 import ast
 import difflib
 import errno
@@ -30,7 +33,7 @@ BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
 
 class UserError(SystemExit):
-    """A mistake of the user's. Uncaught, it prints its one line to stderr, no traceback, and exits with 1."""
+    """A mistake of the user's. Uncaught, it prints one line to stderr, no traceback, and exits with 1."""
 
     def __init__(self, message):
         line = " ".join(message.splitlines())         # whatever the user's text held
@@ -38,14 +41,17 @@ class UserError(SystemExit):
 
 
 def discard_output():
-    """From here on nobody reads what is printed."""
+    """Throw away what is printed from here on: the reader of a pipe has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run(main):
-    """Run a script's main, and end as a program should: a closed pipe quietly, Ctrl-C and SIGTERM with
-    one line and status 130 and 143, a full disk or an unreadable file with a line that names it. What
-    the terminal cannot encode is replaced.
+def run(main, remedy="use a smaller model, or a machine with more of it"):
+    """
+    Run a script's main, and end as a program should.
+
+    Ends quietly where a pipe is closed; with one line and status 130 or 143 on Ctrl-C or SIGTERM; with a line
+    that names the file where a disk is full; with a line and the remedy where memory runs out. What the
+    terminal cannot encode is replaced.
     """
     def terminate(number, frame):
         raise KeyboardInterrupt(number)
@@ -63,7 +69,11 @@ def run(main):
             signal.signal(s, signal.SIG_DFL)         # a second one ends at once
         print("stopped; what was finished is kept", file=sys.stderr)
         raise SystemExit(128 + (e.args or (signal.SIGINT,))[0]) from None
-    except OSError as e:
+    except (OSError, RuntimeError, MemoryError) as e:
+        if out_of_memory(e):
+            raise UserError(f"out of memory; {remedy} ({first_line(e)})") from None
+        if not isinstance(e, OSError):
+            raise
         raise UserError(f"{e.filename or 'a file'}: {e.strerror or e}") from None
 
 
@@ -74,11 +84,11 @@ def first_line(error):
 
 def out_of_memory(error):
     """Return whether the error says that memory ran out, on a CPU or on a GPU."""
-    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory", "bad_alloc",
-             "Storage size calculation overflowed", "Cannot allocate memory")
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(s in str(error) for s in signs)
+    signs = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc",
+             "Storage size calculation overflowed")
+    if isinstance(error, RuntimeError):
+        return any(sign in str(error) for sign in signs)
+    return isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM
 
 
 def at_least(config, **limits):
@@ -103,21 +113,24 @@ def without_effect(config, needs, holds, *names):
 
 
 def configure(cls, argv=None, usage=""):
-    """The instance of the dataclass `cls` that the command line `argv` (default: sys.argv[1:]) asks for.
+    """Return the instance of the dataclass cls that the command line argv (default: sys.argv[1:]) asks for.
 
-    `--help` prints `usage` and every field, then exits with 0. Raises UserError for any mistake;
-    `cls.__post_init__` may raise it too, for combinations that cannot work.
+    `--help` prints usage and every field, then exits with 0. Raises UserError for any mistake.
+    cls.__post_init__ may raise it too, for combinations that cannot work.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(_help(cls, usage))
         raise SystemExit(0)
-    kinds, defaults, values = get_type_hints(cls), {f.name: f.default for f in fields(cls)}, {}
+    kinds = get_type_hints(cls)
+    defaults = {f.name: f.default for f in fields(cls)}
+    values = {}
 
     def put(name, value, place="", dashes="--"):  # place: "config/x.py:3: " for a line of a file
         if name not in defaults:
-            near = _did_you_mean(name, defaults, dashes)
-            raise UserError(f"{place}unknown option {dashes}{name}{near} (--help lists all)")
+            hint = getattr(cls, "hints", {}).get(name)
+            advice = f": {hint}" if hint else f"{_did_you_mean(name, defaults, dashes)} (--help lists all)"
+            raise UserError(f"{place}unknown option {dashes}{name}{advice}")
         values[name] = _checked(value, kinds[name], defaults[name], place + dashes + name)
         if kinds[name] is str and name != "prompt":              # paths: a shell does not expand --key=~/x
             values[name] = os.path.expanduser(values[name])
@@ -141,13 +154,13 @@ def configure(cls, argv=None, usage=""):
 
 
 def _did_you_mean(word, known, dashes=""):
-    """'; did you mean --learning_rate?', or '' if nothing known looks like `word`."""
+    """Return '; did you mean --learning_rate?', or '' if nothing known looks like the word."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {dashes}{near[0]}?" if near else ""
 
 
 def _from_text(text, kind):
-    """What `text` on the command line means to a field of type `kind`; `text` itself if it means nothing."""
+    """Return the value of a text for a field of that type, or the text itself if it is not one."""
     try:
         return BOOLS.get(text, text) if kind is bool else kind(text) if kind in (int, float) else text
     except ValueError:
@@ -155,12 +168,12 @@ def _from_text(text, kind):
 
 
 def _is_number(value):
-    """A 64-bit int or a finite float; neither a bool nor a nan."""
+    """Return whether value is a 64-bit int or a finite float; a bool or nan is neither."""
     return type(value) is int and abs(value) < 2**63 or type(value) is float and math.isfinite(value)
 
 
 def _checked(value, kind, default, name):
-    """`value` if it is of type `kind` (an int becomes a float where one is wanted), else UserError."""
+    """Return value if it is of type kind; an int becomes a float where one is wanted. Raises UserError."""
     choices = get_args(kind)
     if kind is float and type(value) is int:
         value = float(value)
@@ -173,8 +186,9 @@ def _checked(value, kind, default, name):
 
 
 def _read_config(path):
-    """{name: (value, line number)} of a config file."""
-    values, line = {}, 1
+    """Return {name: (value, line number)} of a config file. Raises UserError."""
+    values = {}
+    line = 1
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
         for node in tree.body[ast.get_docstring(tree) is not None:]:
@@ -197,7 +211,7 @@ def _read_config(path):
 
 
 def _literal(node):
-    """The value of a number, a string, True or False; else ValueError."""
+    """Return the value of a number, a string, True or False. Raises ValueError for anything else."""
     with suppress(ValueError, TypeError):            # of an expression that is no literal
         value = ast.literal_eval(node)
         if type(value) in (str, bool) or _is_number(value):
@@ -208,7 +222,7 @@ def _literal(node):
 
 
 def _help(cls, usage):
-    """`usage`, then each field under its heading: option and default, type, and the comment behind it."""
+    """Return usage, then each field under its heading: option and default, type, the comment behind it."""
     notes = {}
     for base in (c for c in reversed(cls.__mro__) if is_dataclass(c)):
         source = inspect.getsource(base)  # `cls` stands at the top level of a file

@@ -1,1 +1,1 @@
-"""What every project needs and nobody comes here to read: files, devices, ranks, checkpoints, data on disk."""
+"""What every project needs and nobody comes to read: devices, ranks, files, data on disk, checkpoints."""

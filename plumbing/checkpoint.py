@@ -1,7 +1,7 @@
 """
-Read what train.py saved. A checkpoint is a dict of tensors and primitives, read with weights_only=True.
+Read a checkpoint: a dict of tensors and primitives, which train.py saved.
 
-Where the trunk was frozen, a checkpoint holds the path alone, and names the file trunk.pt beside it by its hash.
+Where the trunk was frozen, the file holds the path alone. The file trunk.pt beside it holds the trunk.
 """
 import hashlib
 import io
@@ -12,15 +12,13 @@ import torch
 
 from configurator import UserError, first_line, out_of_memory, require
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
-from plumbing.device import pick_device, pick_dtype
-from plumbing.tokenizer import load_tokenizer
 
 PARTS = {"trunk_config", "trunk_lora", "trunk_sha256", "path_config", "n_groups", "model", "config", "world",
          "iter_num", "best_val_loss", "data", "tokenizer", "sampler"}
 
 
 def load_state(module, tensors, source):
-    """Load tensors into a module. Raises UserError that names all missing, unexpected and misshapen ones."""
+    """Load tensors into a module. Raises UserError, which names all that are missing or do not fit."""
     own = module.state_dict()
     differ = [f"missing {k}" for k in own.keys() - tensors.keys()]
     differ += [f"unexpected {k}" for k in tensors.keys() - own.keys()]
@@ -29,8 +27,8 @@ def load_state(module, tensors, source):
     require(not differ, f"{source} does not fit this model: {'; '.join(sorted(differ))}; choose the settings "
             "that it was made with, or another file")
     bad = sorted(k for k, z in tensors.items() if not z.isfinite().all())
-    require(not bad, f"{source} holds numbers that are not finite, in {', '.join(bad[:3])}; it is damaged, or its "
-            "training went wrong")
+    require(not bad, f"{source} holds numbers that are not finite, in {', '.join(bad[:3])}; it is damaged, "
+            "or its training went wrong")
     module.load_state_dict(tensors)
 
 
@@ -39,30 +37,35 @@ def read(path):
     try:
         with open(path, "rb") as file:
             data = file.read()
-        wrong = zipfile.ZipFile(io.BytesIO(data)).testzip()          # torch.load does not look at checksums
+        wrong = zipfile.ZipFile(io.BytesIO(data)).testzip()     # torch.load does not look at checksums
         if wrong:
             raise ValueError(f"the checksum of {wrong} is wrong")
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
-            raise ValueError("wrong contents")
+            raise ValueError(f"it holds a {type(found).__name__}")
     except Exception as e:              # torch raises anything on a damaged file
         if out_of_memory(e):
             raise
-        raise UserError(f"{path} is no checkpoint of train.py, or damaged ({type(e).__name__}: {first_line(e)})")
+        raise UserError(f"{path} is no checkpoint of train.py, or damaged "
+                        f"({type(e).__name__}: {first_line(e)})") from None
     return found, hashlib.sha256(data).hexdigest()
 
 
 def load_checkpoint(path):
     """Return a checkpoint, with its hash as "sha256". Raises UserError where it cannot be read."""
+    folder, name = os.path.split(path)
     if not os.path.exists(path):
-        config = f"config/{os.path.basename(os.path.dirname(path))}.py"  # config/NAME.py writes to out/NAME
+        others = [other for other in ("best.pt", "last.pt") if os.path.exists(os.path.join(folder, other))]
+        require(not others, f"no checkpoint at {path}; the one in this folder is {' and '.join(others)}")
+        config = f"config/{os.path.basename(folder)}.py"        # config/NAME.py writes to out/NAME
         config = config if os.path.exists(config) else "config/demo_trunk.py, or bash demo.sh"
         raise UserError(f"no checkpoint at {path}; make one first: python train.py {config}")
     checkpoint, sha256 = read(path)
     missing = ", ".join(sorted(PARTS - checkpoint.keys()))
-    require(not missing, f"{path} is not a checkpoint of this train.py: it has no {missing}")
+    require(not missing, f"{path} is not a checkpoint of this train.py: it has no {missing}; name the "
+            "best.pt or last.pt of a run")
     if checkpoint["trunk_sha256"]:
-        trunk_path = os.path.join(os.path.dirname(path), "trunk.pt")
+        trunk_path = os.path.join(folder, "trunk.pt")
         require(os.path.exists(trunk_path), f"{path} holds the path alone, and its trunk, {trunk_path}, is "
                 "not there; keep both files in one folder")
         trunk, found = read(trunk_path)
@@ -73,7 +76,10 @@ def load_checkpoint(path):
 
 
 def pair_from(checkpoint, source):
-    """Return the L2D pair of a checkpoint, on the CPU in float32, its trunk frozen."""
+    """Return the L2D pair of a checkpoint, on the CPU in float32, its trunk frozen.
+
+    source: where it came from, for the message of a UserError.
+    """
     try:
         trunk = GPT(GPTConfig(**checkpoint["trunk_config"]))
         path = None
@@ -83,19 +89,10 @@ def pair_from(checkpoint, source):
         if checkpoint["trunk_lora"]:
             trunk.add_lora(*checkpoint["trunk_lora"])
         load_state(model, checkpoint["model"], source)
+        model.trunk_sha256 = checkpoint["trunk_sha256"]         # a resumed run leaves its trunk.pt as it is
     except Exception as e:              # it may hold anything
         if out_of_memory(e):
             raise
         raise UserError(f"{source} was written by another version of this code, or is damaged "
                         f"({type(e).__name__}: {first_line(e)})") from None
     return model
-
-
-def load(out_dir, which="best", device="auto", dtype="auto"):
-    """Return the pair, ready to sample on its device, its tokenizer and its checkpoint. Raises UserError."""
-    device = pick_device(device)
-    path = os.path.join(out_dir, f"{which}.pt")
-    checkpoint = load_checkpoint(path)
-    encoding = load_tokenizer(checkpoint["tokenizer"])
-    model = pair_from(checkpoint, path).requires_grad_(False)
-    return model.to(device, pick_dtype(dtype, device)), encoding, checkpoint

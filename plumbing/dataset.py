@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configurator import UserError, require
+from configurator import UserError
 from plumbing.files import write_file
 
-MANIFEST_KEYS = ("task", "tokenizer", "n_vocab", "eot", "prompt", "shots", "counts", "max_tokens", "group_names")
+KEYS = {"task", "tokenizer", "n_vocab", "eot", "prompt", "shots", "counts", "max_tokens", "group_names"}
 
 
 class Split(NamedTuple):
@@ -28,7 +28,7 @@ class Split(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------- write
 def write_split(folder, split, data, problems):
-    """Write a Split to <split>.npz, and its problems, JSON-ready dicts in the same order, to <split>.jsonl."""
+    """Write a Split to <split>.npz, and its problems, dicts in the same order, to <split>.jsonl."""
     lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
     write_file(Path(folder) / f"{split}.npz", lambda file: np.savez(file, **data._asdict()))
     write_file(Path(folder) / f"{split}.jsonl", lambda file: file.write("".join(lines).encode()))
@@ -53,9 +53,9 @@ def load_manifest(data_dir):
     path = Path(data_dir) / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in MANIFEST_KEYS if key not in manifest]
-        if missing or {"name", "fingerprint"} - manifest["tokenizer"].keys() or "" in manifest["counts"].keys():
-            raise ValueError(f"it has no {', '.join(missing) or 'sound tokenizer or counts'}")
+        missing = KEYS - manifest.keys() or {"name", "fingerprint"} - manifest["tokenizer"].keys()
+        if missing or not isinstance(manifest["counts"], dict):
+            raise ValueError(f"it has no {', '.join(sorted(missing)) or 'counts'}")
     except OSError as e:
         raise UserError(f"no prepared data in {data_dir} ({path.name}: {e.strerror}); "
                         f"make it with: {remedy(data_dir)}") from None
@@ -78,7 +78,8 @@ def load_split(data_dir, split):
         if wrong:
             raise ValueError(f"inconsistent {wrong}")
     except Exception as e:              # zipfile and numpy raise anything on a damaged file
-        raise UserError(f"{path} is missing or damaged ({e}); make it again with: {remedy(data_dir)}") from None
+        raise UserError(f"{path} is missing or damaged ({e}); make it again with: "
+                        f"{remedy(data_dir)}") from None
     return data
 
 
@@ -130,9 +131,9 @@ def batches_of_epoch(lengths, batch_size, n_micro, seed):
     """
     Return the example ids of one epoch: (steps, n_micro, batch_size / n_micro), for all ranks together.
 
-    Shuffled examples are sorted by length within chunks of 50 batches, so that a batch has little padding and no
-    rank waits long for another. What fills no batch is left out until the next epoch. Data smaller than a batch is
-    repeated to fill one.
+    Shuffled examples are sorted by length within chunks of 50 batches, so that a batch has little padding and
+    no rank waits long for another. What fills no batch is left out until the next epoch. Data smaller than a
+    batch is repeated to fill one.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))

@@ -10,31 +10,30 @@ from configurator import first_line, require
 
 
 def read_environment():
-    """Return (rank, world, local rank), as torchrun has set them; (0, 1, 0) where there is one process.
+    """Return (rank, world, local rank), as torchrun sets them; (0, 1, 0) where there is one process.
 
-    The local rank counts the processes of this host. For one process, nothing but RANK and WORLD_SIZE is read.
-    Raises UserError where the variables do not go together.
+    The local rank counts the processes of this host. One process ignores it: it may be left over from another
+    program. Raises UserError where the variables do not go together.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    found = {name: os.environ.get(name) for name in names}
-    if found["RANK"] in (None, "0") and found["WORLD_SIZE"] in (None, "1"):
+    found = [os.environ.get(name) for name in names]
+    if found[0] in (None, "0") and found[1] in (None, "1"):
         return 0, 1, 0
     try:
-        rank, world, local = (int(found[name]) for name in names[:3])
-        together = 0 <= rank < world and local >= 0 and None not in found.values()
+        rank, world, local = map(int, found[:3])
+        together = 0 <= rank < world and 0 <= local and None not in found
     except (TypeError, ValueError):
         together = False
-    values = " ".join(f"{name}={value}" for name, value in found.items())
-    require(together, f"{values} in the environment do not go together; start several ranks by torchrun, or unset "
-            "these for one process")
+    values = " ".join(f"{name}={value}" for name, value in zip(names, found))
+    require(together, f"{values} in the environment do not go together; start several ranks by torchrun, or "
+            "unset these for one process")
     return rank, world, local
 
 
 def pick_device(want):
-    """Return the torch.device that --device asks for: "auto", "cpu" or "cuda".
+    """Return the torch.device that --device asks for: "auto" (CUDA where it exists), "cpu" or "cuda".
 
-    "auto" is CUDA where it exists, else the CPU. Under torchrun each rank gets the GPU of its local rank.
-    Raises UserError where there is no such GPU.
+    Under torchrun each rank gets the GPU of its local rank. Raises UserError where there is no such GPU.
     """
     if want == "cpu" or want == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
@@ -42,8 +41,8 @@ def pick_device(want):
             "--device=cuda, but this machine, or its torch, has no CUDA; use --device=cpu")
     local = read_environment()[2]
     n_gpus = torch.cuda.device_count()
-    require(local < n_gpus, f"rank {local} of this host has no GPU of its own, there are {n_gpus}; use torchrun "
-            f"--nproc_per_node={n_gpus}")
+    require(local < n_gpus, f"rank {local} of this host has no GPU of its own, there are {n_gpus}; use "
+            f"torchrun --nproc_per_node={n_gpus}")
     torch.cuda.set_device(local)
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention makes a new plan for every shape, and each decoded token has a new shape
@@ -52,9 +51,9 @@ def pick_device(want):
 
 
 def pick_dtype(want, device):
-    """Return the torch.dtype that --dtype asks for: "auto", "float32", "bfloat16" or "float16".
+    """Return the torch.dtype that --dtype names. "auto" is float32 on a CPU and bfloat16 on a GPU.
 
-    "auto" is float32 on a CPU. On a GPU it is bfloat16, or float16 where the GPU only emulates bfloat16.
+    On an old GPU, which only emulates bfloat16, "auto" is float16.
     """
     if want != "auto":
         return getattr(torch, want)
@@ -64,17 +63,16 @@ def pick_dtype(want, device):
 
 
 def use_kernels_for_training(device, dtype):
-    """Switch the fused attention kernel off for half precision on a CPU, whose backward pass is 8 times slower."""
+    """Use fused attention, except in half precision on a CPU: its backward pass is 8 times slower there."""
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or dtype == torch.float32)
 
 
 def compiles(device):
     """Return whether torch.compile works on this device. If not, print a note that says why."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as e:              # no Triton, no C compiler, an old GPU: each raises another type
-        print(f"note: torch.compile fails here ({first_line(e)}): going on without", file=sys.stderr)
-        return False
+    if device.type == "cuda":
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        except Exception as e:          # no Triton, no C compiler, an old GPU: each raises another type
+            print(f"note: torch.compile fails here ({first_line(e)}): going on without", file=sys.stderr)
+            return False
     return True

@@ -9,11 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from configurator import UserError
-from plumbing.download import file_sha256  # noqa: F401
 
 
 def write_file(path, write):
-    """Call write(file) with a binary file, and put what it wrote at path: whole and on the disk, or not at all.
+    """Call write(file), file binary, and put what it wrote at path: whole and on the disk, or not at all.
 
     Makes the folder if there is none. Raises UserError, naming path and reason, where that cannot be done.
     """
@@ -27,18 +26,19 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; make room, or see that you may write there") from None
+        raise UserError(f"cannot write {path}: {e.strerror or e}; is there space, "
+                        "and may you write there?") from None
     finally:
         with suppress(OSError):         # it is still there after an error or Ctrl-C
             temporary.unlink(missing_ok=True)
 
 
 def read_records(path):
-    """Return the dicts in a log of one JSON record a line, [] without a file. Damaged lines are left out."""
+    """Return the dicts in a log, [] without a file. A line that cannot be read is left out."""
     records = []
     if os.path.exists(path):
         for line in Path(path).read_bytes().split(b"\n"):
-            with suppress(ValueError, RecursionError):   # half a line, or zeros after a power cut
+            with suppress(ValueError, RecursionError):          # half a line, or zeros after a power cut
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
 
@@ -50,7 +50,7 @@ def append_records(path, records):
         with open(path, "a+b", buffering=0) as file:
             if file.seek(0, os.SEEK_END) > 0:
                 file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":                 # the process was killed within a line
+                if file.read() != b"\n":                        # the writer was killed within a line
                     data = b"\n" + data
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -69,7 +69,7 @@ def lock(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # the system releases it when the process ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the system releases it with the process
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"{folder} is in use by process {file.read().strip() or 'unknown'}; "
@@ -80,4 +80,3 @@ def lock(folder):
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from None
     return file
-

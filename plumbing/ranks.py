@@ -1,7 +1,6 @@
 """
-Ranks: the processes that torchrun starts for one run. Here they meet, add up their numbers, and end together.
+Ranks: the processes that torchrun starts for one run. Here they meet, add up numbers, and end together.
 """
-import hashlib
 import os
 import signal
 import sys
@@ -19,23 +18,24 @@ TIMEOUT = timedelta(hours=1)            # longer than the main rank's downloads,
 
 
 class Ranks:
-    """This process among its ranks: rank, world (their number) and device. One process is rank 0 of 1."""
+    """This process among the ranks: rank, world (how many there are), device. One process is rank 0 of 1.
+
+    Raises UserError where the others cannot be reached.
+    """
     def __init__(self, device):
         self.device = device
-        self.store = None               # a table of key and value that all ranks share
+        self.store = None               # keys and values that all ranks share
         self.rank, self.world, _ = read_environment()
-        if self.world > 1:
-            self.meet()
-
-    def meet(self):
-        """Wait for the other ranks, and join them. Raises UserError where they cannot be reached."""
-        # while it waits, Python could not run its own handlers: Ctrl-C and SIGTERM shall end it at once
+        if self.world == 1:
+            return
+        # Python's own handlers could not run while it waits here; Ctrl-C and SIGTERM shall end it at once
         handlers = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
-        cuda = self.device.type == "cuda"
+        cuda = device.type == "cuda"
         try:
-            self.store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            dist.init_process_group("nccl" if cuda else "gloo", store=self.store, rank=rank, world_size=world,
-                                    timeout=TIMEOUT, device_id=self.device if cuda else None)
+            self.store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            dist.init_process_group("nccl" if cuda else "gloo", store=self.store, rank=self.rank,
+                                    world_size=self.world, timeout=TIMEOUT,
+                                    device_id=device if cuda else None)
         except Exception as e:          # each cause raises another type
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"the ranks did not meet at {address} ({e}); check that address") from None
@@ -49,7 +49,7 @@ class Ranks:
 
     @contextmanager
     def main_first(self):
-        """Run the block on the main rank before the others run it: they find what it downloaded or made."""
+        """Run the block on the main rank before the others: they find what it downloaded or made."""
         if self.world > 1 and not self.main:
             dist.barrier()
         yield
@@ -75,16 +75,15 @@ class Ranks:
             discard_output()
 
     def first_to_say(self, text):
-        """Return whether no other rank of this host has called this with the same text before."""
-        host = os.environ.get("GROUP_RANK", "")          # torchrun counts the hosts in it
-        key = f"said {host} {hashlib.sha256(text.encode()).hexdigest()}"
+        """Return whether no other rank of this host has asked this about the same text before."""
+        host = os.environ.get("GROUP_RANK", "")         # torchrun's number of the host
         try:
-            return self.store is None or self.store.add(key, 1) == 1
-        except Exception:               # the rank that keeps the table has ended
+            return self.store is None or self.store.add(f"said on host {host}: {text}", 1) == 1
+        except RuntimeError:            # the process that keeps the store has ended
             return True
 
     def end(self):
-        """Wait for the other ranks, then leave them: a rank that leaves early can abort one that still works."""
+        """Leave the other ranks, once all have come here: one that leaves early may abort one that works."""
         if self.world > 1:
             self.any(False)
             dist.destroy_process_group()
@@ -93,10 +92,10 @@ class Ranks:
 @contextmanager
 def ranks_of(device, remedy):
     """
-    Give the Ranks of this process to the block, and end them in order.
+    Run the block with the Ranks of this process, and end them in order.
 
-    remedy: what to do when memory runs out, for the message. An error that several ranks of a host share is
-    printed by one of them; any other is printed by the rank that met it.
+    remedy: what to do when memory runs out, for the message. A user's error is printed by the rank that meets
+    it; where several ranks of a host meet the same one, by the first of them.
     """
     ranks = Ranks(device)
     try:
@@ -105,34 +104,34 @@ def ranks_of(device, remedy):
     except (Exception, UserError) as e:
         error = explain(e, ranks, remedy)
         if ranks.world == 1:
-            raise error from None if error is not e else e.__cause__
-        if isinstance(error, SystemExit):
-            said = str(error)
-            shared = said.partition(" (")[0]             # what stands in brackets may differ between ranks
-            said = f"{said}\n" if ranks.first_to_say(shared) else ""
-        else:
-            said = traceback.format_exc()
+            if error is e:
+                raise
+            raise error from None
+        said = traceback.format_exc()
+        if isinstance(error, SystemExit):               # what follows " (" may differ between ranks
+            said = f"{error}\n" if ranks.first_to_say(str(error).partition(" (")[0]) else ""
+        sys.stdout.flush()
         sys.stderr.write(said)
         sys.stderr.flush()
-        os._exit(1)                     # to leave the group in order, other ranks would have to do so, too
+        os._exit(1)                     # NCCL's farewell would wait for ranks that wait for this one
+    except SystemExit:                  # all ranks stop here together
+        ranks.end()
+        raise
 
 
 def explain(error, ranks, remedy):
-    """Return the error, or a UserError or SystemExit with one line in its place if it is of a known kind."""
-    text = str(error).strip()
+    """Return what a user should read in place of the error: a UserError or SystemExit, or else the error."""
+    lines = str(error).strip().splitlines() or [""]
     if out_of_memory(error):
         return UserError(f"out of memory; {remedy} ({first_line(error)})")
-    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "Connection" in text:
-        last = text.splitlines()[-1] if text else ""
-        return SystemExit(f"rank {ranks.rank}: another rank has ended, see its line ({last})")
+    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "Connection" in str(error):
+        return SystemExit(f"rank {ranks.rank}: another rank has ended, see its line ({lines[-1]})")
     return error
 
 
 class StopSignals:
-    """Note Ctrl-C and SIGTERM instead of obeying them. number is the signal's, and 0 before the first.
-
-    A second signal ends the process at once. A script that stops exits with status 128 + number.
-    """
+    """Note Ctrl-C and SIGTERM instead of obeying them. number is the signal's, 0 before; a second one ends
+    the process at once. A script that stops for one exits with status 128 + number."""
     def __init__(self):
         self.number = 0
         for s in (signal.SIGINT, signal.SIGTERM):

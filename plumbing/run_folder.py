@@ -17,14 +17,14 @@ from configurator import UserError, require
 from plumbing.checkpoint import load_checkpoint
 from plumbing.files import append_records, lock, read_records, write_file
 
-# Options that --resume may change. Several ranks may also become as many micro-batches.
+# options that --resume may change; also, a number of ranks may become as many micro-batches
 MAY_DIFFER = {"resume", "device", "compile", "log_interval", "eval_interval", "data_dir", "out_dir",
               "gradient_accumulation_steps"}
 
 
 # ------------------------------------------------------------------------------------------------ save
 def save(checkpoint, path, previous=None):
-    """Write a checkpoint whole or not at all. A file that is there is renamed to `previous` first, if given."""
+    """Write a checkpoint whole or not at all. A file that is there becomes `previous`, if that is given."""
     def write(file):
         try:
             torch.save(checkpoint, file)
@@ -37,15 +37,19 @@ def save(checkpoint, path, previous=None):
 
 
 def describe(model, trunk_lora, out_dir):
-    """Return the part of a checkpoint that says what the model is. A frozen trunk goes to trunk.pt, once."""
+    """Return the part of a checkpoint that says what the model is.
+
+    trunk_lora: [rank, alpha] or None. A frozen trunk goes to out_dir/trunk.pt, once: model.trunk_sha256 tells
+    that it is there.
+    """
     tensors = model.state_dict()
     trunk_sha256 = None
     if not trunk_lora and not any(p.requires_grad for p in model.trunk.parameters()):
         if not getattr(model, "trunk_sha256", None):
             buffer = io.BytesIO()
             torch.save(model.trunk.state_dict(), buffer)
-            model.trunk_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
             write_file(os.path.join(out_dir, "trunk.pt"), lambda file: file.write(buffer.getvalue()))
+            model.trunk_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
         tensors = {k: v for k, v in tensors.items() if not k.startswith("trunk.")}
         trunk_sha256 = model.trunk_sha256
     return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora, "n_groups": model.no_group,
@@ -85,24 +89,33 @@ def open_out_dir(config, ranks):
         raise UserError(f"nothing to resume: {last} does not exist; start without --resume")
     lock_file = lock(config.out_dir) if ranks.main else None
     for name in os.listdir(config.out_dir) if ranks.main else ():
-        if name.startswith(".") and name.endswith(".tmp"):           # left by a process killed while it wrote
+        if name.startswith(".") and name.endswith(".tmp"):      # its writer was killed
             os.remove(os.path.join(config.out_dir, name))
-    if not config.resume:
-        for name in ("last.pt", "previous.pt", "best.pt", "trunk.pt"):
-            path = os.path.join(config.out_dir, name)
-            require(not os.path.exists(path), f"{path} exists; go on with --resume, or choose another --out_dir")
-        return lock_file, None
+    if config.resume:
+        return lock_file, checkpoint_to_resume(last, previous, ranks)
+    for name in ("last.pt", "previous.pt", "best.pt", "trunk.pt"):
+        path = os.path.join(config.out_dir, name)
+        require(not os.path.exists(path), f"{path} exists; go on with --resume, or choose another --out_dir")
+    return lock_file, None
+
+
+def checkpoint_to_resume(last, previous, ranks):
+    """Return the checkpoint in last.pt, or where that cannot be read, in previous.pt; its file as "path"."""
     try:
-        return lock_file, load_checkpoint(last) | {"path": last}
+        return load_checkpoint(last) | {"path": last}
     except UserError as e:
         if not os.path.exists(previous):
             raise
+        checkpoint = load_checkpoint(previous) | {"path": previous}
         ranks.say(f"{e}\ngoing on from {previous}, the one before")
-        return lock_file, load_checkpoint(previous) | {"path": previous}
+        # left there, it would take the name previous.pt in the next save, from the only one that can be read
+        if ranks.main and os.path.exists(last):
+            os.replace(last, f"{last}.damaged")
+        return checkpoint
 
 
 def data_changes(checkpoint, manifest, of=""):
-    """Return what differs between this manifest and that of the data which the checkpoint was trained on."""
+    """Return what differs between this manifest and that of the data in the checkpoint, as texts."""
     before = checkpoint["data"]
     return [f"{k}{of} was {before.get(k)!r}, now {v!r}" for k, v in manifest.items() if before.get(k) != v]
 
@@ -114,8 +127,8 @@ def check_same_run(checkpoint, config, manifest, ranks):
     before = checkpoint["config"]
     now = asdict(config)
     if config.max_iters > before["max_iters"]:
-        ranks.say(f"max_iters was {before['max_iters']}, now {config.max_iters}: the learning rate goes on as that "
-                  f"of a run of {config.max_iters} iterations, higher than at the end of the shorter one")
+        ranks.say(f"max_iters was {before['max_iters']}, now {config.max_iters}: the learning rate goes on as "
+                  "in a run of that length, higher than at the end of the shorter one")
         may_differ.add("max_iters")
     differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in before.items()
               if k not in may_differ and now.get(k) != v]
@@ -128,7 +141,7 @@ def check_same_run(checkpoint, config, manifest, ranks):
 
 
 class MetricsLog:
-    """metrics.jsonl of the main rank: log(**record) adds a line.
+    """metrics.jsonl, written by the main rank: log(**record) adds a line.
 
     A new run starts the file afresh. A resumed one drops the records after iter_num, which it will repeat.
     """
@@ -136,7 +149,8 @@ class MetricsLog:
         self.path = os.path.join(config.out_dir, "metrics.jsonl")
         self.main = ranks.main
         if self.main:
-            kept = [r for r in read_records(self.path) if config.resume and r.get("iter_num", 0) <= iter_num]
+            before = read_records(self.path) if config.resume else []
+            kept = [r for r in before if r.get("iter_num", 0) <= iter_num]
             text = "".join(json.dumps(r) + "\n" for r in kept)
             write_file(self.path, lambda file: file.write(text.encode()))
 

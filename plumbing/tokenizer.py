@@ -10,6 +10,7 @@ import tiktoken
 from configurator import UserError, require
 from plumbing.download import download
 
+ROOT = Path(__file__).resolve().parent.parent
 ENDOFTEXT = "<|endoftext|>"
 GPT2 = {"name": "gpt2", "fingerprint": "0864d949365dfbe6"}
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -18,45 +19,44 @@ GPT2_FILES = {"vocab.bpe": (456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728
 
 
 def describe_tokenizer(encoding):
-    """Return what load_tokenizer needs to make this tiktoken Encoding: a dict of strings, lists and numbers.
+    """Return what load_tokenizer needs to make this tiktoken Encoding again, a dict.
 
-    name, fingerprint; unless it is GPT-2's also pattern, pieces (the bytes of token 0, 1, ... as latin-1) and
-    special ({text: token}).
+    name, fingerprint; unless it is GPT-2's, also pattern, pieces (the bytes of token 0, 1, ... as latin-1)
+    and special ({text: token}).
     """
     description = {"name": encoding.name, "fingerprint": fingerprint(encoding)}
-    if encoding.name == GPT2["name"]:
-        return description
-    pieces = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
-    return description | {"pattern": encoding._pat_str, "pieces": [piece.decode("latin-1") for piece in pieces],
-                          "special": encoding._special_tokens}
+    if encoding.name != GPT2["name"]:
+        pieces = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+        description["pattern"] = encoding._pat_str
+        description["pieces"] = [piece.decode("latin-1") for piece in pieces]
+        description["special"] = encoding._special_tokens
+    return description
 
 
 def load_tokenizer(description):
-    """Return the tiktoken Encoding of such a description. Raises UserError if it cannot be made as described."""
-    name = description.get("name")
+    """Return the tiktoken Encoding that was described. Raises UserError where it cannot be made."""
     try:
+        name = description["name"]
         if name == GPT2["name"]:
-            encoding = gpt2()
+            encoding = load_gpt2_tokenizer()
         else:
             ranks = {piece.encode("latin-1"): token for token, piece in enumerate(description["pieces"])}
             encoding = tiktoken.Encoding(name, pat_str=description["pattern"], mergeable_ranks=ranks,
                                          special_tokens=description["special"])
-        same = fingerprint(encoding) == description["fingerprint"]
+        if fingerprint(encoding) != description["fingerprint"]:
+            raise ValueError("its fingerprint is another one")
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise UserError(f"the tokenizer {name!r} is not described whole ({type(e).__name__}: {e}); make the data or "
-                        "the checkpoint again") from None
-    require(same, f"the tokenizer {name!r} is not the one described, its fingerprint differs; make the data or the "
-            "checkpoint again")
+        raise UserError("the tokenizer that came with the data or the checkpoint is damaged "
+                        f"({type(e).__name__}: {e}); make them again") from None
     return encoding
 
 
-def gpt2():
+def load_gpt2_tokenizer():
     # tiktoken looks in this folder for sha1(url). With verified files there it fetches nothing itself.
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or str(Path(__file__).resolve().parents[1] / "data" / "tiktoken")
-    os.environ["TIKTOKEN_CACHE_DIR"] = folder
+    folder = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT / "data" / "tiktoken")))
     for file, (size, sha256) in GPT2_FILES.items():
         url = GPT2_URL + file
-        download(url, Path(folder) / hashlib.sha1(url.encode()).hexdigest(), size, sha256)
+        download(url, folder / hashlib.sha1(url.encode()).hexdigest(), size, sha256)
     return tiktoken.get_encoding("gpt2")
 
 
@@ -83,7 +83,7 @@ def encode_question(encoding, prompt, question):
 def choice_tokens(encoding, choices):
     """Return (ids, [token of each choice]): the choices as single tokens, after the ids that all begin with.
 
-    GPT-2 has " A", " B", ... as one token each, so ids is empty. Raises UserError where one token does not tell
+    GPT-2 has " A", " B", ... as one token each, so ids is empty. Raises UserError where no single token tells
     the choices apart.
     """
     spelt = [encoding.encode_ordinary(choice) for choice in choices]

@@ -1,31 +1,47 @@
 """
 Load the trunk that --trunk names, and see that it fits the data.
 """
-from configurator import UserError, require
+from configurator import UserError
 from plumbing.checkpoint import load_checkpoint, pair_from
-from plumbing.gpt2_weights import load_gpt2
+from plumbing.gpt2_weights import GPT2_SIZES, load_gpt2
+
+GPT2_TOKENS = GPT2_SIZES["gpt2"].vocab_size
 
 
 def load_trunk(name, manifest):
     """
     Return the trunk of that name, a GPT on the CPU in float32, for data with this manifest.
 
-    name: a checkpoint of train.py (.pt), whose trunk LoRA is merged in; or GPT-2's weights, as load_gpt2 takes
-    them. Raises UserError where there is no such trunk, or it has another tokenizer than the data.
+    name: a checkpoint of train.py (.pt), whose trunk LoRA is merged; or what load_gpt2 takes. Raises
+    UserError where there is no such trunk, or where it has another tokenizer than the data.
     """
-    tokenizer = manifest["tokenizer"]
+    wanted = manifest["tokenizer"]
     if name.endswith(".pt"):
         checkpoint = load_checkpoint(name)
-        trained = checkpoint["tokenizer"]
-        if trained["fingerprint"] != tokenizer["fingerprint"]:
-            raise UserError(f"the data has tokenizer {tokenizer['name']}, but the trunk {name} was trained with "
-                            f"{trained['name']}; prepare the data with --tokenizer={trained['name']}")
+        check_tokenizer(name, checkpoint["tokenizer"], wanted)
         trunk = pair_from(checkpoint, name).trunk
         if checkpoint["trunk_lora"]:
             trunk.merge_lora()
-    else:
-        trunk = load_gpt2(name)
-    found, wanted = trunk.config.vocab_size, manifest["n_vocab"]
-    require(found == wanted, f"the trunk {name} has {found} tokens, but the data's tokenizer, {tokenizer['name']}, "
-            f"has {wanted}")
-    return trunk
+        return trunk
+    trunk = load_gpt2(name)
+    n, n_vocab = trunk.config.vocab_size, manifest["n_vocab"]
+    if n == n_vocab:
+        return trunk
+    remedy = f"choose a trunk with {n_vocab} tokens, or train one: --trunk=scratch --trunk_mode=full"
+    if n == GPT2_TOKENS:
+        remedy = "prepare the data with --tokenizer=gpt2"
+    elif n_vocab == GPT2_TOKENS < n < GPT2_TOKENS + 1024:
+        remedy = f"the last {n - n_vocab} are padding, as nanoGPT adds it: save wte.weight without them"
+    raise UserError(f"the trunk {name} has {n} tokens, but the data's tokenizer, {wanted['name']}, has "
+                    f"{n_vocab}; {remedy}")
+
+
+def check_tokenizer(name, trained, wanted):
+    """Raise UserError where the trunk of that name was trained with another tokenizer than the data has."""
+    if trained["fingerprint"] == wanted["fingerprint"]:
+        return
+    remedy = f"prepare the data with --tokenizer={trained['name']}"
+    if trained["name"] == wanted["name"]:
+        remedy = "one is of an older version: prepare the data and train the trunk again"
+    raise UserError(f"the data has tokenizer {wanted['name']}, but the trunk {name} was trained with "
+                    f"{trained['name']}; {remedy}")
