@@ -12,19 +12,24 @@ sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join(FOLDERS)               # of the processes that tests start
 torch.set_num_threads(1)                                          # two of them may run beside a training
 
-from helpers import argv
+from helpers import FROM_SCRATCH, argv
 
 import prepare_data
 import train
-from checkpoint import load_checkpoint
-from tokens import load_tokenizer
+from plumbing.checkpoint import load_checkpoint
+from plumbing.dataset import load_manifest
+from plumbing.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """train.main takes Ctrl-C and SIGTERM for itself, and sets the kernels of attention; here it runs inside of
-    pytest, which wants both back."""
+def as_before():
+    """train.main takes Ctrl-C and SIGTERM for itself, and may switch off fused attention.
+
+    Pytest wants the signals back. Without that kernel, what runs afterwards would round differently. Fixtures of a
+    wider scope train before this one begins.
+    """
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    torch.backends.cuda.enable_flash_sdp(True)
     yield
     for s, handler in before.items():
         signal.signal(s, handler)
@@ -45,7 +50,7 @@ def trunk(arithmetic, tmp_path_factory):
     out_dir = tmp_path_factory.getbasetemp() / "trunk"
     if not out_dir.exists():
         train.main(argv(data_dir=arithmetic, train_split="mix", val_split="mix_val", out_dir=out_dir,
-                        trunk="scratch", trunk_mode="full", path_mode="none", steps=60))
+                        path_mode="none", max_iters=60, **FROM_SCRATCH))
     return out_dir
 
 
@@ -54,7 +59,7 @@ def l2d(arithmetic, trunk, tmp_path_factory):
     """out_dir of a path trained on that trunk, the trunk frozen."""
     out_dir = tmp_path_factory.getbasetemp() / "l2d"
     if not out_dir.exists():
-        train.main(argv(data_dir=arithmetic, out_dir=out_dir, trunk=trunk / "last.pt", steps=60))
+        train.main(argv(data_dir=arithmetic, out_dir=out_dir, trunk=trunk / "last.pt", max_iters=60))
     return out_dir
 
 
@@ -80,5 +85,6 @@ def options(arithmetic, trunk, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def encoding():
-    return load_tokenizer("arithmetic")
+def encoding(arithmetic):
+    """The tokenizer of the embedded task."""
+    return load_tokenizer(load_manifest(arithmetic)["tokenizer"])

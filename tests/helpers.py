@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from decode import row_noise
+from decode import draw_noise
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,9 +26,9 @@ def tokens(*shape, seed=0, vocab=31):
     return torch.randint(vocab, shape, generator=generator(seed))
 
 
-def everywhere(B, T):
+def everywhere(B, S):
     """at = (rows, columns) of every position."""
-    return torch.arange(B).repeat_interleave(T), torch.arange(T).repeat(B)
+    return torch.arange(B).repeat_interleave(S), torch.arange(S).repeat(B)
 
 
 def error_of(function, *args, **kwargs):
@@ -69,7 +69,7 @@ def wild_pair(seed=1, config=WILD, **path):
     path = PathConfig(**dict(x_dim=8, t_dim=16, sigma=2.0, time_scale=10.0) | path)
     pair = L2D(trunk, DiffusionPath(trunk, path, 3))
     std = {"trunk.wpe": 1.0, "trunk.wte": 0.5, "trunk.h": 0.2, "trunk.ln_f": 0.2,
-           "path.w": 0.6, "path.x_in": 0.6, "path.label": 1.0}
+           "path.w": 0.6, "path.x_in": 0.6, "path.group": 1.0}
     g = generator(seed)
     with torch.no_grad():
         for name, p in pair.named_parameters():
@@ -79,18 +79,20 @@ def wild_pair(seed=1, config=WILD, **path):
 
 
 class Naive:
-    """Algorithm 1 from the paper's text for one prompt: no cache, no batch, no table, no draft, a full forward for
-    every evaluation. s: a Decoding; label: one number; eot: ends a text."""
-    def __init__(self, model, s, label, eot=EOT):
-        self.model, self.s, self.label, self.eot = model, s, label, eot
+    """Algorithm 1 from the paper's text for one prompt: no cache, no batch, no table, no draft.
+
+    Every evaluation runs the trunk over the whole text. s: a DecodingConfig. group: one number. eot: ends a text.
+    """
+    def __init__(self, model, s, group, eot=EOT):
+        self.model, self.s, self.group, self.eot = model, s, group, eot
         V = model.trunk.wte.weight @ model.path.W.weight.T
         self.V = math.sqrt(model.path.config.x_dim) * V / V.norm(dim=1, keepdim=True)
 
-    def path_logits(self, x, t, label):
+    def path_logits(self, x, t, group):
         self.nfe += 1
         at = torch.tensor([0]), torch.tensor([len(self.ids) - 1])
-        c = self.model.read(torch.tensor([self.ids]), at)
-        return self.model(x[None], torch.tensor([t]), c, torch.tensor([label]))[0]
+        c = self.model.read_context(torch.tensor([self.ids]), at)
+        return self.model(x[None], torch.tensor([t]), c, torch.tensor([group]))[0]
 
     def pick(self, logits, u):
         p = logits.softmax(-1)
@@ -105,15 +107,15 @@ class Naive:
         if self.stopped:
             return self.x_1_hat
         self.calls += 1
-        u = self.u[self.calls]
+        u = self.u[self.calls] if self.s.guess == "sample" else None
         if t == 0:
             self.logits = self.model.trunk.head(self.model.trunk(torch.tensor([self.ids]))[0])[0, -1]
             self.guess, self.x_1_hat = self.pick(self.logits, u)
             return self.x_1_hat
-        self.logits = self.path_logits(x, t, self.label)
+        self.logits = self.path_logits(x, t, self.group)
         guess, x_1_hat = self.pick(self.logits, u)
         if self.s.guidance != 1 and not last:
-            free = self.pick(self.path_logits(x, t, self.model.no_label), u)[1]
+            free = self.pick(self.path_logits(x, t, self.model.no_group), u)[1]
             x_1_hat = self.s.guidance * x_1_hat + (1 - self.s.guidance) * free
         if self.s.stop and not last and guess == self.guess:
             m = (x - (1 - t) * self.x_0) / t                      # the mean guess that x points to
@@ -156,7 +158,7 @@ class Naive:
             a, b = grid[i], grid[i + 1]
             h = b - a
             if s.solver == "fixed_point":                             # on the line from x_0 to a mean of the guesses
-                m = self.f(x, a) if m is None else (1 - s.weight) * m + s.weight * self.f(x, a)
+                m = self.f(x, a) if m is None else (1 - s.relaxation) * m + s.relaxation * self.f(x, a)
                 x = (1 - b) * x_0 + b * m
             elif s.solver == "euler" or (i == 0 and (T - 1) % 2):
                 x = x + h * self.v(x, a)
@@ -169,7 +171,7 @@ class Naive:
 
     @torch.no_grad()
     def predict(self, ids, x_0, u):
-        """Logits of the token after ids, from noise x_0 (D,) and uniform numbers u (steps + 1,)."""
+        """Logits of the token after ids, from noise x_0 (D,) and uniform numbers u (T + 1,), or (1,)."""
         self.ids, self.u, self.calls, self.nfe, self.stopped = ids, u, 0, 0, False
         self.f(None, 0.0) if self.s.steps == 1 else self.solve(x_0)
         return self.logits
@@ -184,10 +186,10 @@ class Naive:
 
     def generate(self, prompt, id):
         """The new tokens, whether they ended, and path calls of each prediction."""
-        x_0, u = (z[0] for z in row_noise([id], self.s, self.model.path.config.x_dim, "cpu"))
+        x_0, u = (z[0] for z in draw_noise(self.model, [id], self.s))
         ids, new, total, self.differ = list(prompt), [], [], []
         for n in range(self.s.max_new_tokens):
-            logits = self.predict(ids, self.model.path.config.sigma * x_0[n], u[n])
+            logits = self.predict(ids, x_0[n], u[n])
             y = self.choose(logits, u[n, 0])
             trunk = self.model.trunk.head(self.model.trunk(torch.tensor([ids]))[0])[0, -1]
             self.differ += [n] if y != self.choose(trunk, u[n, 0]) else []    # from plain decoding's choice
@@ -202,12 +204,13 @@ class Naive:
 
 
 # ------------------------------------------------------------------------------------------ short runs
-TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=128, x_dim=16, t_dim=32, sigma=4, lora_rank=4,
-            batch_size=16, steps=40, warmup=2, learning_rate=1e-2, min_lr=1e-3, eval_every=1000, eval_examples=32,
-            log_every=1)
+TINY = dict(block_size=128, x_dim=16, t_dim=32, sigma=4, lora_rank=4, batch_size=16, max_iters=40, warmup_iters=2,
+            learning_rate=1e-2, min_lr=1e-3, eval_interval=1000, eval_examples=32, log_interval=1)
+FROM_SCRATCH = dict(trunk="scratch", trunk_mode="full", n_layer=2, n_head=2, n_embd=32)
 
 
 def argv(**options):
+    """The words of a short run of train.py. TINY | FROM_SCRATCH has no pretrained trunk."""
     return [f"--{key}={value}" for key, value in (TINY | options).items()]
 
 
@@ -319,7 +322,7 @@ def script(tmp_path, module, *words, before=None, timeout=60, **env):
     return status, process.out(), process.err()
 
 
-def group(tmp_path, n, words, before=None):
+def start_ranks(tmp_path, n, words, before=None):
     """n ranks of train.py under gloo, as torchrun starts them."""
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [Process(tmp_path / f"rank{r}", "train", words, before, RANK=str(r), LOCAL_RANK=str(r), **shared)
@@ -327,7 +330,7 @@ def group(tmp_path, n, words, before=None):
 
 
 def slow():
-    """In the process of train.py: steps that leave time for a signal."""
+    """In the process of train.py: iterations that leave time for a signal."""
     import train
     report = train.report
     def slowly(*args):
