@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from helpers import error_of, everywhere, generator, says, tokens
 
-from diffusion import draw, nll
-from gpt2_weights import GPT2_SIZES
+from diffusion import draw, nll, trunk_nll
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig, scale_input, time_features
+from plumbing.gpt2_weights import GPT2_SIZES
 
 TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=3, n_head=3, n_embd=24)
 SMALL_PATH = dict(x_dim=16, t_dim=20, sigma=4.0, lora_rank=4, lora_alpha=8.0)
@@ -40,7 +40,7 @@ def pair(mode="full", lora=None, random_path=True, **path):
 
 
 def noisy(n, seed=0, D=SMALL_PATH["x_dim"]):
-    """x_t and t for n positions, and labels."""
+    """x_t and t for n positions, and groups."""
     g = generator(seed)
     return torch.randn(n, D, generator=g), torch.rand(n, generator=g), torch.randint(4, (n,), generator=g)
 
@@ -147,7 +147,7 @@ def test_the_pair_freezes_its_trunk_and_trains_its_path(mode):
     path = DiffusionPath(trunk, PathConfig(path_mode=mode, **SMALL_PATH), 3) if mode else None
     model = L2D(trunk, path)
     assert not any(p.requires_grad for p in model.trunk.parameters())
-    assert all(p.requires_grad for p in path.parameters()) if mode else model.no_label == 0
+    assert all(p.requires_grad for p in path.parameters()) if mode else model.no_group == 0
     before_the_path = L2D(GPT(TINY)).trunk                        # nor does it matter which was made first
     path = DiffusionPath(before_the_path, PathConfig(**SMALL_PATH), 3)
     assert all(p.requires_grad for p in path.parameters())
@@ -159,22 +159,22 @@ def test_the_pair_freezes_its_trunk_and_trains_its_path(mode):
 @torch.no_grad()
 def test_logits_at_t_0_are_the_trunks_bit_for_bit(mode, dtype, scale):
     model = pair(mode, input_scale=scale).to(dtype)
-    for B, T in ((1, 1), (1, 7), (13, 16)):
-        idx, at = tokens(B, T), everywhere(B, T)
-        c = model.read(idx, at)
+    for B, S in ((1, 1), (1, 7), (13, 16)):
+        idx, at = tokens(B, S), everywhere(B, S)
+        c = model.read_context(idx, at)
         h = c.h
-        x_t, t, label = noisy(B * T)
-        assert torch.equal(model(4 * x_t, 0 * t, c, label), model.trunk.head(h))
-        mixed = torch.where(torch.arange(B * T) % 2 == 0, 0.0, 0.5 + t / 2)       # some at 0, others not
-        logits, trunk = model(x_t, mixed, c, label), model.trunk.head(h)
+        x_t, t, group = noisy(B * S)
+        assert torch.equal(model(4 * x_t, 0 * t, c, group), model.trunk.head(h))
+        mixed = torch.where(torch.arange(B * S) % 2 == 0, 0.0, 0.5 + t / 2)       # some at 0, others not
+        logits, trunk = model(x_t, mixed, c, group), model.trunk.head(h)
         assert torch.equal(logits[mixed == 0], trunk[mixed == 0])
         assert ((logits - trunk)[mixed > 0].abs().amax(-1) > 1e-3).all()
-        mask = torch.ones(B, 1, 1, T, dtype=torch.bool)           # and as in sampling
-        last = at[1] == T - 1
+        mask = torch.ones(B, 1, 1, S, dtype=torch.bool)           # and as in sampling
+        last = at[1] == S - 1
         one = c._replace(h=h[last], token=c.token[last], pos=c.pos[last], at=None, mask=mask)
-        assert torch.equal(model(x_t[last], 0 * t[last], one, label[last]), model.trunk.head(h[last]))
+        assert torch.equal(model(x_t[last], 0 * t[last], one, group[last]), model.trunk.head(h[last]))
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(model(x_t, 0 * t, c, label), model.trunk.head(h))
+            assert torch.equal(model(x_t, 0 * t, c, group), model.trunk.head(h))
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -182,41 +182,52 @@ def test_logits_at_t_0_are_the_trunks_bit_for_bit(mode, dtype, scale):
 def test_a_fresh_path_computes_the_trunks_own_states(mode):
     """What the initialisation is for: before training h_path is h_trunk, whatever x_t and t are; no change."""
     model, idx, at = pair(mode, random_path=False), tokens(2, 9), everywhere(2, 9)
-    c, (x_t, t, label) = model.read(idx, at), noisy(18)
-    modulations, w_d = model.path.condition(t, label)
+    c, (x_t, t, group) = model.read_context(idx, at), noisy(18)
+    modulations, w_d = model.path.condition(t, group)
     h_path = model.path(x_t, t, model.trunk.wpe(at[1]) + model.trunk.wte(idx[at]), modulations, c)
     torch.testing.assert_close(h_path, c.h, atol=1e-5, rtol=1e-5)
     assert (w_d > 0).all()
-    torch.testing.assert_close(model(x_t, t, c, label), model.trunk.head(c.h), atol=1e-4, rtol=1e-4)
-    model = pair(mode, random_path=False, w_init=0.0)
-    assert not model.path.condition(t, label)[1].any()
-    assert torch.equal(model(x_t, t, model.read(idx, at), label), model.trunk.head(c.h))
+    torch.testing.assert_close(model(x_t, t, c, group), model.trunk.head(c.h), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@torch.no_grad()
+def test_a_fresh_path_of_the_papers_kind_adds_nothing_and_its_gates_are_shut(mode):
+    model, idx, at = pair(mode, random_path=False, path_init="paper"), tokens(2, 9), everywhere(2, 9)
+    c, (x_t, t, group) = model.read_context(idx, at), noisy(18)
+    assert not model.path.condition(t, group)[1].any()
+    assert torch.equal(model(x_t, t, c, group), model.trunk.head(c.h))
+    entered = torch.randn(18, 24, generator=generator())
+    for block, kv in zip(model.path.h, c.kv):                     # each block passes on what it is given
+        assert torch.equal(block(entered, block.modulate(torch.randn(18, 20)), kv, at, None), entered)
+    assert (model.path.x_in(x_t).abs().amax(1) > 0).all()         # and x_t enters from the beginning
+
+
+@pytest.mark.parametrize("path_init, start", [("trunk", 1.0), ("paper", 0.0)])
 @pytest.mark.parametrize("time_scale", [1000.0, 1.0])
 @torch.no_grad()
-def test_w_d_starts_at_w_init_for_t_above_0_and_is_0_at_t_0(time_scale):
-    path = DiffusionPath(GPT(TINY), PathConfig(time_scale=time_scale, w_init=2.0, **SMALL_PATH), 3)
+def test_w_d_is_0_at_t_0_and_starts_at_one_value_elsewhere(time_scale, path_init, start):
+    path = DiffusionPath(GPT(TINY), PathConfig(time_scale=time_scale, path_init=path_init, **SMALL_PATH), 3)
     t = torch.tensor([0.0, 1e-6, 0.3, 1.0, 0.0])
-    label = torch.tensor([0, 1, 2, 3, 3])
-    assert torch.equal(path.condition(t, label)[1], 2.0 * (t > 0)[:, None].expand(5, 24))
+    group = torch.tensor([0, 1, 2, 3, 3])
+    assert torch.equal(path.condition(t, group)[1], start * (t > 0)[:, None].expand(5, 24))
     randomise(path)
-    w_d = path.condition(t, label)[1]
+    w_d = path.condition(t, group)[1]
     assert not w_d[t == 0].any() and w_d[t > 0].unique().numel() > 24
 
 
-@pytest.mark.parametrize("token_input", [True, False])
+@pytest.mark.parametrize("path_init", ["trunk", "paper"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @torch.no_grad()
-def test_the_path_is_what_it_is_by_hand(mode, token_input):
+def test_the_path_is_what_it_is_by_hand(mode, path_init):
     """One position at a time, written from the paper, with no code of model.py but the trunk's pass."""
-    model = pair(mode, time_scale=30.0, token_input=token_input, w_init=0.7)
+    model = pair(mode, time_scale=30.0, path_init=path_init)
     trunk, path, idx, at = model.trunk, model.path, tokens(2, 9), everywhere(2, 9)
-    c = model.read(idx, at)
+    c = model.read_context(idx, at)
     h_trunk, kv = c.h, c.kv
-    x_t, t, label = noisy(18)
+    x_t, t, group = noisy(18)
     t[3] = 0
-    logits = model(x_t, t, c, label)
+    logits = model(x_t, t, c, group)
 
     def mlp(net, x):
         y = net[2].weight @ F.silu(net[0].weight @ x + net[0].bias)
@@ -234,13 +245,13 @@ def test_the_path_is_what_it_is_by_hand(mode, token_input):
 
     def embed(time, i):
         angles = torch.tensor([30.0 * float(time) / 10000 ** (j / 10) for j in range(10)])
-        return mlp(path.t_in, torch.cat([angles.cos(), angles.sin()])) + path.label.weight[label[i]]
+        return mlp(path.t_in, torch.cat([angles.cos(), angles.sin()])) + path.group.weight[group[i]]
 
     for i in range(18):
         row, k, C, d = at[0][i], at[1][i], 24, 8
         emb = embed(t[i], i)
         x = x_t[i] * t[i] / (t[i] ** 2 + (1 - t[i]) ** 2 * 4.0 ** 2)
-        h = mlp(path.x_in, x) + trunk.wpe.weight[k] + (trunk.wte.weight[idx[row, k]] if token_input else 0)
+        h = mlp(path.x_in, x) + trunk.wpe.weight[k] + (trunk.wte.weight[idx[row, k]] if path_init == "trunk" else 0)
         for block, own, (keys, values) in zip(trunk.h, path.h, kv):
             scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = mlp(own.modulation, emb).view(6, C)
             norms = (own.ln_1, own.ln_2) if mode == "full" else (block.ln_1, block.ln_2)
@@ -256,7 +267,7 @@ def test_the_path_is_what_it_is_by_hand(mode, token_input):
             z = ln(h) * (norms[1].weight + scale_2) + norms[1].bias + shift_2
             (w_1, b_1), (w_2, b_2) = weights(own.mlp, "c_fc"), weights(own.mlp, "c_proj")
             h = h + gate_2 * (w_2 @ F.gelu(w_1 @ z + b_1, approximate="tanh") + b_2)
-        w_d = mlp(path.w, emb) - mlp(path.w, embed(0.0, i)) + 0.7 * (t[i] > 0)
+        w_d = mlp(path.w, emb) - mlp(path.w, embed(0.0, i)) + (path_init == "trunk" and t[i] > 0)
         merged = h_trunk[i] + w_d * h
         expected = trunk.wte.weight @ (ln(merged) * trunk.ln_f.weight + trunk.ln_f.bias)
         torch.testing.assert_close(logits[i], expected, atol=1e-4, rtol=1e-4)
@@ -268,87 +279,63 @@ def test_flat_queries_are_masked_queries_and_a_known_condition_changes_nothing()
     model = pair()
     lengths, idx = torch.tensor([4, 9, 1]), tokens(3, 9)
     at = torch.arange(3), lengths - 1
-    c = model.read(idx, at)
-    x_t, t, label = noisy(3)
+    c = model.read_context(idx, at)
+    x_t, t, group = noisy(3)
     mask = (torch.arange(9) <= at[1][:, None])[:, None, None]
-    logits = model(x_t, t, c, label)
-    torch.testing.assert_close(model(x_t, t, c._replace(at=None, mask=mask), label), logits, atol=1e-5, rtol=1e-5)
-    assert torch.equal(model(x_t, t, c, None, model.path.condition(t, label)), logits)
-
-
-@torch.no_grad()
-def test_positions_selected_from_a_context_give_what_they_give_among_all():
-    """In any order, from a grid that is full or has holes, with rows left out."""
-    model, idx = pair(), tokens(3, 9)
-    grid = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([3, 4, 6, 7, 1, 2])     # two columns of each row
-    c, (x_t, t, label) = model.read(idx, grid), noisy(6)
-    expected = model(x_t, t, c, label)
-    mask = (torch.arange(9) <= grid[1].view(3, 2, 1))[:, None]    # (B, 1, Q, S)
-    places = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 0, 1, 0, 1])
-    contexts = {"trained on": c, "full grid": c._replace(at=None, mask=mask), "places": c._replace(at=places, mask=mask)}
-    for name, context in contexts.items():
-        for i in ([0, 1, 2, 3, 4, 5], [5, 0], [3, 2], [4], [1, 5, 3]):
-            i = torch.tensor(i)
-            got = model(x_t[i], t[i], context.select(i), label[i])
-            torch.testing.assert_close(got, expected[i], atol=1e-5, rtol=1e-5, msg=f"{name} {i}")
-    last = torch.arange(3), torch.tensor([8, 8, 8])               # one query a row: it sees all keys, unmasked
-    c = model.read(idx, last)._replace(at=None)
-    expected = model(x_t[:3], t[:3], c, label[:3])
-    for i in ([2], [1, 2], [2, 0], [0, 1, 2]):
-        i = torch.tensor(i)
-        got = model(x_t[i], t[i], c.select(i), label[i])
-        torch.testing.assert_close(got, expected[i], atol=1e-5, rtol=1e-5)
+    logits = model(x_t, t, c, group)
+    torch.testing.assert_close(model(x_t, t, c._replace(at=None, mask=mask), group), logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(x_t, t, c, None, model.path.condition(t, group)), logits)
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @torch.no_grad()
 def test_what_can_change_what(mode):
-    """Noise, time and label at a position change it alone; a token changes only what comes after it."""
-    model, B, T = pair(mode), 2, 11
-    idx, at = tokens(B, T), everywhere(B, T)
-    x_t, t, label = noisy(B * T)
+    """Noise, time and group at a position change it alone; a token changes only what comes after it."""
+    model, B, S = pair(mode), 2, 11
+    idx, at = tokens(B, S), everywhere(B, S)
+    x_t, t, group = noisy(B * S)
     t = 0.3 + 0.7 * t
 
-    def logits(idx=idx, x_t=x_t, t=t, label=label):
-        return model(x_t, t, model.read(idx, at), label)
+    def logits(idx=idx, x_t=x_t, t=t, group=group):
+        return model(x_t, t, model.read_context(idx, at), group)
     base = logits()
-    i, others = 5, torch.arange(B * T) != 5
-    for name, value in dict(x_t=x_t[i] + 1, t=t[i] / 2, label=(label[i] + 1) % 4).items():
-        new = dict(x_t=x_t, t=t, label=label)[name].clone()
+    i, others = 5, torch.arange(B * S) != 5
+    for name, value in dict(x_t=x_t[i] + 1, t=t[i] / 2, group=(group[i] + 1) % 4).items():
+        new = dict(x_t=x_t, t=t, group=group)[name].clone()
         new[i] = value
         change = (logits(**{name: new}) - base).abs().amax(-1)
         assert change[i] > 1e-3 and change[others].max() < 1e-5
     for j in (0, 6, 10):
         new = idx.clone()
         new[0, j] = (new[0, j] + 1) % TINY.vocab_size
-        change = (logits(new) - base).abs().amax(-1).view(B, T)
+        change = (logits(new) - base).abs().amax(-1).view(B, S)
         assert change[0, :j].numel() == 0 or change[0, :j].max() < 1e-5
         assert change[0, j:].min() > 1e-3 and change[1].max() < 1e-5
 
 
-def without_merge(model, idx, x_t, t, label):
+def without_merge(model, idx, x_t, t, group):
     """The path's own output, before w_d weighs it."""
     at = everywhere(*idx.shape)
-    return model.path(x_t, t, model.trunk.wpe(at[1]), model.path.condition(t, label)[0], model.read(idx, at))
+    return model.path(x_t, t, model.trunk.wpe(at[1]), model.path.condition(t, group)[0], model.read_context(idx, at))
 
 
 @torch.no_grad()
 def test_the_path_reads_the_context():
     """Through the trunk's keys and values, not only h_trunk: at the last position every token matters."""
     model, idx = pair(), tokens(1, 8)
-    x_t, t, label = noisy(8)
-    base = without_merge(model, idx, x_t, t, label)[-1]
+    x_t, t, group = noisy(8)
+    base = without_merge(model, idx, x_t, t, group)[-1]
     for j in range(8):
         other = idx.clone()
         other[0, j] = (other[0, j] + 1) % TINY.vocab_size
-        assert (without_merge(model, other, x_t, t, label)[-1] - base).abs().max() > 1e-4
+        assert (without_merge(model, other, x_t, t, group)[-1] - base).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @torch.no_grad()
 def test_a_fresh_block_with_open_gates_is_the_trunks_block(mode):
-    """At initialisation, gates at 1: fed the trunk's input of a block, the path's gives the trunk's output."""
-    model = pair(mode, random_path=False, gate_init=1.0)
+    """Fed the trunk's input of a block, the path's gives the trunk's output."""
+    model = pair(mode, random_path=False)
     idx, at = tokens(2, 7), everywhere(2, 7)
     x = model.trunk.wte(idx) + model.trunk.wpe(torch.arange(7))
     for block, own in zip(model.trunk.h, model.path.h):
@@ -369,8 +356,8 @@ def test_a_lora_path_starts_as_the_full_path():
     full.path.load_state_dict(copies, strict=False)
     shared = {k: v for k, v in full.path.state_dict().items() if k not in copies}
     assert not lora.path.load_state_dict(shared, strict=False).unexpected_keys
-    idx, (x_t, t, label) = tokens(2, 7), noisy(14)
-    torch.testing.assert_close(without_merge(lora, idx, x_t, t, label), without_merge(full, idx, x_t, t, label),
+    idx, (x_t, t, group) = tokens(2, 7), noisy(14)
+    torch.testing.assert_close(without_merge(lora, idx, x_t, t, group), without_merge(full, idx, x_t, t, group),
                                atol=1e-5, rtol=1e-5)
 
 
@@ -410,9 +397,9 @@ def test_the_path_has_its_published_size():
     with torch.device("meta"):
         path = DiffusionPath(GPT(GPT2_SIZES["gpt2"]), PathConfig(path_mode="lora"), 5)
     count = lambda word: sum(p.numel() for n, p in path.named_parameters() if word in n)
-    lora, heads, label = count("lora_"), count("modulation"), count("label")
-    assert (lora, heads, label) == (4_128_768, 15_000_576, 6 * 256)
-    assert count("") - label == 19_983_872 - 768                  # the official w has a bias, which cancels
+    lora, heads, group = count("lora_"), count("modulation"), count("group")
+    assert (lora, heads, group) == (4_128_768, 15_000_576, 6 * 256)
+    assert count("") - group == 19_983_872 - 768                  # the official w has a bias, which cancels
 
 
 def test_borrowed_weights_follow_the_trunk():
@@ -423,8 +410,8 @@ def test_borrowed_weights_follow_the_trunk():
             assert own.c_q.linear is block.attn.c_attn.linear and own.ln_1 is block.ln_1
             assert own.mlp.c_fc.linear is block.mlp.c_fc.linear
     at = everywhere(1, 4)
-    x_t, t, label = noisy(4)
-    assert model(x_t, t, model.read(tokens(1, 4), at), label).dtype == torch.bfloat16
+    x_t, t, group = noisy(4)
+    assert model(x_t, t, model.read_context(tokens(1, 4), at), group).dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -436,27 +423,30 @@ def some_targets(idx, seed=1):
 
 def step_losses(model, parameters, steps, lr=0.01):
     """Train on one batch; the names of the parameters that had a gradient at each step."""
-    idx, label, g = tokens(4, 12), torch.tensor([0, 1, 2, 3]), generator(2)
+    idx, group, g = tokens(4, 12), torch.tensor([0, 1, 2, 3]), generator(2)
     at, y = some_targets(idx)
     optimizer = torch.optim.Adam(parameters, lr=lr)
     for _ in range(steps):
-        t, x_0 = draw(len(y), model.path.config, g) if model.path else (None, None)
-        nll(model, idx, at, y, label, t, x_0).mean().backward()
+        if model.path:
+            losses = nll(model, idx, at, y, group, *draw(len(y), model.path.config, g))
+        else:
+            losses = trunk_nll(model, idx, at, y)
+        losses.mean().backward()
         yield {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("w_init", [0.0, 1.0])
+@pytest.mark.parametrize("path_init", ["paper", "trunk"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_every_path_parameter_wakes_up_and_the_trunk_never_moves(mode, w_init):
+def test_every_path_parameter_wakes_up_and_the_trunk_never_moves(mode, path_init):
     """All parameters are given to the optimizer: that the pair froze its trunk is what keeps it."""
-    model = pair(mode, random_path=False, w_init=w_init)
+    model = pair(mode, random_path=False, path_init=path_init)
     before = copy.deepcopy(model.trunk.state_dict())
     start = copy.deepcopy(model.path.state_dict())
     seen = list(step_losses(model, model.parameters(), 8))
     first = {"path.w.2.weight"}
-    if w_init == 0:                                               # then only the head of w_d
+    if path_init == "paper":                                             # then only the head of w_d
         assert seen[0] == first
     else:
         assert first < seen[0]
@@ -478,13 +468,13 @@ def saved_by(function):
 
 def test_a_frozen_trunk_stores_nothing_for_backward():
     model, at = pair(), everywhere(2, 9)
-    kept, c = saved_by(lambda: model.read(tokens(2, 9), at))
+    kept, c = saved_by(lambda: model.read_context(tokens(2, 9), at))
     assert not kept and not c.h.requires_grad and not any(z.requires_grad for kv in c.kv for z in kv)
     model.trunk.requires_grad_(True)
-    kept, c = saved_by(lambda: model.read(tokens(2, 9), at))
+    kept, c = saved_by(lambda: model.read_context(tokens(2, 9), at))
     assert kept and c.h.requires_grad and c.kv[0][0].requires_grad
     with torch.no_grad():
-        assert not model.read(tokens(2, 9), at).kv[0][0].requires_grad    # nor where the caller wants none
+        assert not model.read_context(tokens(2, 9), at).kv[0][0].requires_grad    # nor where the caller wants none
 
 
 @pytest.mark.parametrize("mode", [None, "full", "lora"])
@@ -528,7 +518,7 @@ def nll_double(model, idx, t, x_0):
     y, path = idx.roll(-1, 1)[at], model.path
     e = path.W(model.trunk.wte.weight[y])
     x_t = t[:, None] * 4 * e / e.norm(dim=1, keepdim=True) + (1 - t[:, None]) * x_0        # sqrt(D) = 4
-    return F.cross_entropy(model(x_t, t.double(), model.read(idx, at), y % 4), y)
+    return F.cross_entropy(model(x_t, t.double(), model.read_context(idx, at), y % 4), y)
 
 
 # ----------------------------------------------------------------------- token space, time, scaling of x_t
