@@ -120,7 +120,7 @@ def request(url, part, etag, size, sha256):
                 etag.write_text(strong) if strong.startswith('"') else etag.unlink(missing_ok=True)
             length = given.get("Content-Length", "")
             total = have + int(length) if length.isdecimal() else size
-            if not total and not sha256 and given.get("Transfer-Encoding") != "chunked":
+            if total is None and not sha256 and given.get("Transfer-Encoding") != "chunked":
                 raise OSError("the server does not say where the file ends, so a part could pass for it")
             receive(reply, part, have, total, size or LARGEST)
     except ValueError as e:                             # no address at all

@@ -1,5 +1,5 @@
 """
-gpt2_weights.py: what it loads is transformers' GPT-2; what it cannot load it refuses in one line.
+plumbing/gpt2_weights.py and trunks.py: what they load is transformers' GPT-2; what they cannot load they refuse in one line.
 """
 import hashlib
 import json
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import files
 import model
-from checkpoint import pretrained_trunk
+import plumbing.download
 from configurator import UserError
-from gpt2_weights import GPT2_SIZES, load_gpt2, read_safetensors
 from model import GPT, GPTConfig
+from plumbing.gpt2_weights import GPT2_SIZES, load_gpt2, read_safetensors
+from plumbing.trunks import load_trunk
 
 TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=3, n_head=3, n_embd=24)
 
@@ -108,7 +108,7 @@ def test_logits_are_those_of_transformers(tmp_path, kind, shape, monkeypatch):
     shape = SHAPES[shape]
     hf = hugging_face(kind, shape)
     hf.save_pretrained(tmp_path)
-    trunk = pretrained_trunk(str(tmp_path))
+    trunk = load_gpt2(str(tmp_path))
     assert trunk.config == GPTConfig(shape["n_positions"], shape["vocab_size"], shape["n_layer"],
                                      shape["n_head"], shape["n_embd"])
     idx = tokens(3, shape["n_positions"], vocab=shape["vocab_size"])
@@ -129,7 +129,7 @@ def test_files_of_another_precision_become_float32(tmp_path, dtype):
     save_file({k: v.clone() for k, v in hf.state_dict().items()}, tmp_path / "model.safetensors",
               {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(SHAPES["even"]))
-    trunk, idx = pretrained_trunk(str(tmp_path)), tokens(2, 20)
+    trunk, idx = load_gpt2(str(tmp_path)), tokens(2, 20)
     assert {p.dtype for p in trunk.parameters()} == {torch.float32}
     torch.testing.assert_close(our_logits(trunk, idx), hf_logits(hf.float(), idx), atol=1e-5, rtol=1e-5)
 
@@ -146,11 +146,11 @@ def test_a_single_file_in_the_hubs_old_layout_loads(tmp_path):
     for prefix, mask in (("", torch.float32), ("transformer.", torch.uint8), ("", torch.bool)):
         named = {k if k == "lm_head.weight" else prefix + k: v for k, v in state.items()}
         write_safetensors(file, {k: v.to(mask) if k.endswith(".attn.bias") else v for k, v in named.items()})
-        torch.testing.assert_close(our_logits(pretrained_trunk(str(file)), idx), hf_logits(hf, idx),
+        torch.testing.assert_close(our_logits(load_gpt2(str(file)), idx), hf_logits(hf, idx),
                                    atol=1e-5, rtol=1e-5)
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     write_safetensors(file, state)
-    assert "tied" in error_of(pretrained_trunk, str(file))
+    assert "tied" in error_of(load_gpt2, str(file))
 
 
 def test_sizes_have_the_published_parameter_counts():
@@ -167,7 +167,7 @@ def test_the_real_gpt2_continues_as_it_must():
                                Path(__file__).parent.parent / "data/weights/gpt2/model.safetensors"))
     if not path.exists():
         pytest.skip(f"the real weights are not at {path} (or where L2D_GPT2 says)")
-    trunk, ids = pretrained_trunk(str(path)), [464, 3290]
+    trunk, ids = load_gpt2(str(path)), [464, 3290]
     while len(ids) < 20:
         ids.append(our_logits(trunk, torch.tensor([ids]))[0, -1].argmax().item())
     assert ids == [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13,
@@ -192,7 +192,7 @@ def good(tmp_path):
 
 def test_an_undamaged_file_loads(good):
     directory, state = good
-    trunk = pretrained_trunk(str(directory))
+    trunk = load_gpt2(str(directory))
     assert trunk.config == TINY and torch.equal(trunk.h[1].attn.c_attn.weight,
                                                 state["h.1.attn.c_attn.weight"].t())
 
@@ -212,7 +212,7 @@ BYTES = {"empty": lambda data: b"", "three bytes": lambda data: data[:3],
 def test_damaged_bytes_are_refused(good, damage):
     file = good[0] / "model.safetensors"
     file.write_bytes(BYTES[damage](file.read_bytes()))
-    assert str(file) in error_of(pretrained_trunk, str(file))
+    assert str(file) in error_of(load_gpt2, str(file))
 
 
 NAME = "h.1.mlp.c_fc.bias"                                                   # 96 numbers, 384 bytes
@@ -232,7 +232,7 @@ def test_a_damaged_entry_is_named(good, damage):
     directory, state = good
     write_safetensors(directory / "model.safetensors", state,
                       lambda entries: entries[NAME].update(ENTRIES[damage]))
-    message = error_of(pretrained_trunk, str(directory))
+    message = error_of(load_gpt2, str(directory))
     assert NAME in message and "model.safetensors" in message
 
 
@@ -242,7 +242,7 @@ def test_every_difference_is_reported_at_once(good):
     state |= {"h.0.attn.rotary": torch.ones(2), "h.2.mlp.c_fc.weight": torch.ones(24, 95),
               "h.1.ln_2.bias": torch.ones(23)}
     write_safetensors(directory / "model.safetensors", state)
-    message = error_of(pretrained_trunk, str(directory))
+    message = error_of(load_gpt2, str(directory))
     for part in ("missing h.0.ln_1.weight", "missing ln_f.bias", "unexpected h.0.attn.rotary",
                  "h.2.mlp.c_fc.weight is (95, 24), not (96, 24)", "h.1.ln_2.bias is (23,), not (24,)"):
         assert part in message
@@ -255,7 +255,7 @@ def test_only_the_exact_suffixes_are_dropped(good):
     del state["h.1.attn.c_attn.bias"]
     state["h.1.attn.bias"] = torch.ones(1)
     write_safetensors(directory / "model.safetensors", state)
-    message = error_of(pretrained_trunk, str(directory))
+    message = error_of(load_gpt2, str(directory))
     assert message.count("missing") == 1 and "missing h.1.attn.c_attn.bias" in message
 
 
@@ -271,7 +271,7 @@ def test_tensors_that_are_no_gpt2_are_refused(good, change):
     directory, state = good
     ODD[change](state)
     write_safetensors(directory / "model.safetensors", state)
-    assert "model.safetensors" in error_of(pretrained_trunk, str(directory))
+    assert "model.safetensors" in error_of(load_gpt2, str(directory))
 
 
 CONFIGS = {
@@ -285,7 +285,7 @@ CONFIGS = {
 def test_a_config_that_changes_the_function_is_refused(good, key):
     """Each setting that would give other logits: named, with its value and ours."""
     (good[0] / "config.json").write_text(json.dumps({"n_head": 3, key: CONFIGS[key]}))
-    assert f"config.json has {key}={CONFIGS[key]}, but GPT-2" in error_of(pretrained_trunk, str(good[0]))
+    assert f"config.json has {key}={CONFIGS[key]}, but GPT-2" in error_of(load_gpt2, str(good[0]))
 
 
 def test_such_a_config_does_change_the_logits_of_transformers():
@@ -308,7 +308,7 @@ def test_such_a_config_does_change_the_logits_of_transformers():
                                   "\0", "[" * 100_000])
 def test_a_config_without_a_number_of_heads_is_refused(good, text):
     (good[0] / "config.json").write_text(text)
-    error_of(pretrained_trunk, str(good[0]))
+    error_of(load_gpt2, str(good[0]))
 
 
 def test_everything_that_transformers_writes_of_ours_is_accepted(good):
@@ -316,13 +316,13 @@ def test_everything_that_transformers_writes_of_ours_is_accepted(good):
     config = transformers.GPT2Config(n_positions=16, vocab_size=31, n_layer=3, n_head=3, n_embd=24,
                                      attn_pdrop=0.3)
     (good[0] / "config.json").write_text(config.to_json_string(use_diff=False))
-    assert pretrained_trunk(str(good[0])).config == TINY
+    assert load_gpt2(str(good[0])).config == TINY
 
 
 def test_what_was_assumed_of_a_lone_file_is_said(tmp_path, capsys):
     state = file_layout(randomise(GPT(GPTConfig(8, 11, 1, 2, 128))))
     write_safetensors(tmp_path / "x.safetensors", state)
-    assert load_gpt2(str(tmp_path / "x.safetensors"))[1] == 2
+    assert load_gpt2(str(tmp_path / "x.safetensors")).config.n_head == 2
     assert "assumed 2 heads of 64" in capsys.readouterr().out
     write_safetensors(tmp_path / "x.safetensors", file_layout(randomise(GPT(TINY))))
     assert "put its config.json beside it" in error_of(load_gpt2, str(tmp_path / "x.safetensors"))
@@ -330,7 +330,7 @@ def test_what_was_assumed_of_a_lone_file_is_said(tmp_path, capsys):
 
 def test_shards_with_an_index_are_read(good):
     directory, state = good
-    whole, names = load_gpt2(str(directory))[0], sorted(state)
+    whole, names = load_gpt2(str(directory)).state_dict(), sorted(state)
     (directory / "model.safetensors").unlink()
     places = {name: f"model-0000{1 + (i > 9)}-of-00002.safetensors" for i, name in enumerate(names)}
     for file in set(places.values()):
@@ -338,9 +338,9 @@ def test_shards_with_an_index_are_read(good):
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
     for path in (directory, index):
-        tensors, n_head, _ = load_gpt2(str(path))
-        assert n_head == 3 and tensors.keys() == whole.keys() and all(torch.equal(tensors[k],
-                                                                                  whole[k]) for k in whole)
+        trunk = load_gpt2(str(path))
+        tensors = trunk.state_dict()
+        assert trunk.config == TINY and all(torch.equal(tensors[k], whole[k]) for k in whole)
     for bad in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"wte.weight": 3}}',
                 json.dumps({"weight_map": places | {"extra": places["wpe.weight"]}})):
         index.write_text(bad)
@@ -357,7 +357,7 @@ def test_weights_as_a_pickle_name_the_way_to_convert_them(good):
     assert all(part in message for part in ("pytorch_model.bin", "convert it: python -c", "save_pretrained"))
     for zipped in (True, False):
         torch.save(state, directory / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-        assert "is a pickle of PyTorch" in error_of(load_gpt2, str(directory / "pytorch_model.bin"))
+        assert "a pickle of PyTorch" in error_of(load_gpt2, str(directory / "pytorch_model.bin"))
 
 
 def test_a_folder_that_hides_a_hub_name_says_so(tmp_path, monkeypatch):
@@ -382,7 +382,81 @@ def test_quantized_weights_are_refused(good, dtype):
 
 def test_a_home_directory_is_found(good, monkeypatch):
     monkeypatch.setenv("HOME", str(good[0].parent))
-    assert load_gpt2(f"~/{good[0].name}/")[1] == 3
+    assert load_gpt2(f"~/{good[0].name}/").config.n_head == 3
+
+
+# ---------------------------------------------------------------------------------- what was found, and what helps
+@pytest.mark.parametrize("begin, kind", [(b"PK\3\4", "pickle"), (b"\x80\4", "pickle"), (b"GGUF\3", "GGUF"), (b"\x89HDF\r\n", "HDF5"),
+                                         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+                                         (b"<!doctype html><html>", "web page"), (b"weights", "something else")])
+def test_a_file_of_another_kind_is_refused_by_its_name(tmp_path, begin, kind):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(begin + bytes(99))
+    message = error_of(load_gpt2, str(file))
+    assert kind in message and str(file) in message and "give a .safetensors file" in message
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "I32", "U16", "F4", "C64"])
+def test_a_type_that_is_not_read_is_refused_by_its_name(good, kind):
+    directory, state = good
+    write_safetensors(directory / "model.safetensors", state, lambda entries: entries[NAME].update(dtype=kind))
+    message = error_of(load_gpt2, str(directory))
+    assert f"{NAME} has type {kind}" in message and "convert it to one of F64, F32, F16, BF16" in message
+
+
+def test_a_name_that_occurs_twice_is_refused(good):
+    """With two prefixes, or twice in the header; which of the two is meant, nobody knows."""
+    directory, state = good
+    file = directory / "model.safetensors"
+    write_safetensors(file, state | {"transformer.wte.weight": state["wte.weight"] + 1})
+    assert "wte.weight twice, with and without transformer. before it" in error_of(load_gpt2, str(directory))
+    write_safetensors(file, state)
+    data = file.read_bytes()
+    n = struct.unpack("<Q", data[:8])[0]
+    text = data[8:8 + n].replace(b"{", b'{"wpe.weight": 3, ', 1)
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n:])
+    assert "wpe.weight occurs twice" in error_of(load_gpt2, str(directory))
+
+
+def test_a_folder_with_several_files_of_weights_asks_for_one(good):
+    directory, state = good
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    message = error_of(load_gpt2, str(directory))
+    assert "several files of weights" in message and f"--trunk={directory}/model.safetensors" in message
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (directory / name).unlink()
+    write_safetensors(directory / "a.safetensors", state)
+    assert load_gpt2(str(directory)).config == TINY                           # the only one, whatever its name
+    write_safetensors(directory / "b.safetensors", state)
+    assert f"--trunk={directory}/a.safetensors" in error_of(load_gpt2, str(directory))
+
+
+@pytest.mark.parametrize("names, found", [(["last.pt", "best.pt", "lock"], "best.pt"), (["last.pt"], "last.pt")])
+def test_a_folder_of_a_run_names_its_checkpoint(tmp_path, names, found):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    message = error_of(load_gpt2, str(tmp_path))
+    assert f"it is a run of train.py, so write --trunk={tmp_path}/{found}" in message and "fetch" not in message
+
+
+def test_weights_laid_out_like_nanogpts_say_so(good):
+    directory, state = good
+    write_safetensors(directory / "model.safetensors", randomise(GPT(TINY)).state_dict())
+    assert "as nanoGPT does" in error_of(load_gpt2, str(directory)) and "transposed" in error_of(load_gpt2, str(directory))
+
+
+@pytest.mark.parametrize("n_trunk, name, n_data, remedy", [
+    (50304, "gpt2", 50257, "the last 47 are padding, as nanoGPT adds it: save wte.weight without them"),
+    (50257, "arithmetic", 666, "prepare the data with --tokenizer=gpt2"),
+    (32000, "gpt2", 50257, "choose a trunk with 50257 tokens"), (128256, "gpt2", 50257, "choose a trunk with 50257 tokens")])
+def test_a_trunk_of_another_vocabulary_is_told_what_helps(tmp_path, n_trunk, name, n_data, remedy):
+    path = tmp_path / "model.safetensors"
+    config = GPTConfig(block_size=4, vocab_size=n_trunk, n_layer=1, n_head=1, n_embd=2)
+    pytest.importorskip("safetensors.torch").save_file({k: v.contiguous() for k, v in file_layout(GPT(config)).items()}, path)
+    (tmp_path / "config.json").write_text('{"n_head": 1}')
+    manifest = {"n_vocab": n_data, "tokenizer": {"name": name, "fingerprint": "f"}}
+    message = error_of(load_trunk, str(tmp_path), manifest)
+    assert f"has {n_trunk} tokens" in message and f"has {n_data};" in message and remedy in message
 
 
 HEADERS = st.recursive(st.none() | st.booleans() | st.integers(-2 ** 70,
@@ -434,10 +508,10 @@ def test_any_bytes_are_refused_in_one_line(tmp_path_factory, junk, length):
 
 def test_a_name_that_is_nowhere_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = error_of(pretrained_trunk, "gpt3")
+    message = error_of(load_gpt2, "gpt3")
     assert "gpt3" in message and all(size in message for size in GPT2_SIZES)
-    error_of(pretrained_trunk, "no/such/file.safetensors")
-    assert "model.safetensors" in error_of(pretrained_trunk, str(tmp_path))      # a directory without weights
+    error_of(load_gpt2, "no/such/file.safetensors")
+    assert "model.safetensors" in error_of(load_gpt2, str(tmp_path))      # a directory without weights
 
 
 # ---------------------------------------------------------------------------------------- download by name
@@ -484,7 +558,7 @@ class HubHandler(BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path):
     server = Hub()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    monkeypatch.setattr(files, "BACKOFF", 0.01)
+    monkeypatch.setattr(plumbing.download, "BACKOFF", 0.01)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}/")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.chdir(tmp_path)
@@ -505,18 +579,18 @@ def file_of_the_hub(tmp_path):
 def test_a_download_is_checked_by_the_hash_that_the_hub_names(hub, file_of_the_hub, name):
     hub.content, expected = file_of_the_hub
     hub.etag = hashlib.sha256(hub.content).hexdigest()
-    trunk, idx = pretrained_trunk(name), tokens(1, 8, vocab=11)
+    trunk, idx = load_gpt2(name), tokens(1, 8, vocab=11)
     assert torch.equal(our_logits(trunk, idx), our_logits(expected, idx))
     assert ("GET", "/openai-community/gpt2-medium/resolve/main/model.safetensors") in hub.requests
     n = len(hub.requests)
-    pretrained_trunk(name)                                                # and is kept
+    load_gpt2(name)                                                # and is kept
     assert len(hub.requests) == n
 
 
 def test_a_mirror_that_redirects_on_its_own_host_is_followed_to_the_hash(hub, file_of_the_hub):
     hub.content, expected = file_of_the_hub
     hub.etag, hub.mirror = hashlib.sha256(hub.content).hexdigest(), True
-    assert load_gpt2("gpt2-medium")[1] == 1
+    assert load_gpt2("gpt2-medium").config.n_head == 1
     assert ("HEAD", "/openai-community/gpt2-medium/mirrored/main/model.safetensors") in hub.requests
 
 
@@ -528,7 +602,7 @@ def test_a_download_without_a_hash_is_refused(hub, file_of_the_hub):
 
 def test_a_download_with_a_wrong_hash_is_refused(hub, file_of_the_hub, tmp_path):
     hub.content, hub.etag = file_of_the_hub[0], "0" * 64
-    error_of(pretrained_trunk, "gpt2-medium")
+    error_of(load_gpt2, "gpt2-medium")
     assert not list(tmp_path.glob("data/weights/**/*.safetensors"))
 
 
@@ -536,7 +610,7 @@ def test_gpt2_itself_is_pinned(hub, file_of_the_hub, tmp_path):
     """Whatever hash the endpoint names, gpt2 is the one revision with the one hash."""
     hub.content = file_of_the_hub[0]
     hub.etag = hashlib.sha256(hub.content).hexdigest()
-    error_of(pretrained_trunk, "gpt2")
+    error_of(load_gpt2, "gpt2")
     assert any("607a30d783dfa663caf39e06633721c8d4cfcd7e" in path for _, path in hub.requests)
     assert not list(tmp_path.glob("data/weights/**/*.safetensors"))
 
@@ -545,4 +619,4 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    assert "http://127.0.0.1:9/openai-community/gpt2-large" in error_of(pretrained_trunk, "gpt2-large")
+    assert "http://127.0.0.1:9/openai-community/gpt2-large" in error_of(load_gpt2, "gpt2-large")

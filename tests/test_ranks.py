@@ -1,88 +1,91 @@
-"""machine.py and configurator.run: devices, ranks that fail, signals, and how a script ends."""
+"""plumbing/ranks.py and configurator.run: ranks that fail, signals, and how a script ends."""
 import os
 import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
-from helpers import Process, argv, error_of, group, losses, same_tensors, says, script, slow
+from helpers import Process, argv, error_of, losses, same_tensors, says, script, slow, start_ranks
 
-import machine
+import configurator
+import plumbing.ranks as module
 import train
-from checkpoint import load_checkpoint
 from configurator import UserError
-from machine import Ranks, StopSignals, compiles, pick_device, pick_dtype, use_kernels_for_training
+from plumbing.checkpoint import load_checkpoint
+from plumbing.ranks import Ranks, StopSignals, ranks_of
 
 CPU = torch.device("cpu")
 
 
-# --------------------------------------------------------------------------------------- devices and dtypes
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_without_cuda_auto_is_the_cpu_and_cuda_is_refused():
-    assert pick_device("auto") == pick_device("cpu") == CPU
-    says(error_of(pick_device, "cuda"), "--device=cuda", "no CUDA", "use --device=cpu")
-
-
-def test_more_ranks_than_gpus_are_one_line(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda n: None)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert pick_device("auto") == torch.device("cuda", 1)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    says(error_of(pick_device, "auto"), "rank 2", "no GPU of its own, there are 2", "--nproc_per_node=2")
-
-
-@pytest.mark.parametrize("capability, want", [((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((7, 5), torch.float16)])
-def test_auto_is_the_half_precision_that_the_gpu_has(monkeypatch, capability, want):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert pick_dtype("auto", torch.device("cuda", 0)) == want and pick_dtype("auto", CPU) == torch.float32
-    assert pick_dtype("float32", torch.device("cuda", 0)) == torch.float32
-    assert pick_dtype("bfloat16", CPU) == torch.bfloat16
-
-
-def test_compile_that_cannot_work_is_a_warning(monkeypatch, capsys):
-    gpu = torch.device("cuda", 0)
-    def broken(function):
-        raise RuntimeError("Failed to find C compiler\nand more")
-    monkeypatch.setattr(torch, "zeros", lambda *_, **__: 1)
-    monkeypatch.setattr(torch, "compile", broken)
-    assert not compiles(gpu) and "fails here (Failed to find C compiler): going on" in capsys.readouterr().err
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert compiles(gpu) and compiles(CPU) and capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("local, error, line", [
-    (0, UserError("no file"), "error: no file\n"), (1, UserError("no file"), ""),
-    (0, torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "error: out of memory; buy (CUDA out of memory. Tried)\n"),
-    (1, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED in x"), ""),
-    (0, torch.distributed.DistBackendError("NCCL error\nLast error: no P2P"), "rank 0: another rank has ended, see its line (Last error: no P2P)\n"),
+# ------------------------------------------------------------------------------------------ errors of one rank
+@pytest.mark.parametrize("rank, others, error, line", [
+    (0, [], UserError("no file"), "error: no file\n"), (1, [], UserError("no file"), "error: no file\n"),
+    (1, ["error: no file"], UserError("no file"), ""), (1, ["error: another file"], UserError("no file"), "error: no file\n"),
+    (1, [], torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "error: out of memory; buy (CUDA out of memory. Tried)\n"),
+    (1, ["error: out of memory; buy"], RuntimeError("CUBLAS_STATUS_ALLOC_FAILED in x"), ""),
+    (1, [], MemoryError(), "error: out of memory; buy (MemoryError)\n"),
+    (0, [], torch.distributed.DistBackendError("NCCL error\nLast error: no P2P"), "rank 0: another rank has ended, see its line (Last error: no P2P)\n"),
 ])
-def test_a_rank_with_a_gpu_says_its_line_and_ends_without_a_farewell(monkeypatch, capsys, local, error, line):
-    """NCCL's destroy_process_group waits for the other ranks, which wait for this one."""
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_rank_says_its_line_unless_another_did_and_ends_without_a_farewell(monkeypatch, capsys, rank, others, error, line, device):
+    """destroy_process_group would wait for the other ranks, which wait for this one."""
+    class Store:
+        def add(self, key, n):
+            return 1 + any(key.endswith(f": {text}") for text in others)
     class Two(Ranks):
         def __init__(self, device):
-            self.device, self.rank, self.world = device, 0, 2
+            self.device, self.rank, self.world, self.store = device, rank, 2, Store()
     def end(status):
         done.append(status)
-        raise SystemExit(status)
+        raise KeyboardInterrupt
     done = []
-    monkeypatch.setenv("LOCAL_RANK", str(local))
-    monkeypatch.setattr(machine, "Ranks", Two)
-    monkeypatch.setattr(machine.os, "_exit", end)
-    with pytest.raises(SystemExit), machine.ranks_of(torch.device("cuda", 0), "buy"):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(module, "Ranks", Two)
+    monkeypatch.setattr(module.os, "_exit", end)
+    with pytest.raises(KeyboardInterrupt), ranks_of(torch.device(device, 0), "buy"):
         raise error
     assert done == [1] and capsys.readouterr().err == line
 
 
-def test_half_precision_on_a_cpu_trains_without_the_fused_kernel():
-    try:
-        for dtype, wanted in ((torch.bfloat16, False), (torch.float32, True)):
-            use_kernels_for_training(CPU, dtype)
-            assert torch.backends.cuda.flash_sdp_enabled() == wanted
-    finally:
-        torch.backends.cuda.enable_flash_sdp(True)
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
+    with pytest.raises(ZeroDivisionError), ranks_of(CPU, "buy"):
+        1 / 0
+
+
+def test_a_store_that_is_gone_does_not_hide_the_line():
+    class Gone:
+        def add(self, key, n):
+            raise torch.distributed.DistNetworkError("Broken pipe")
+    ranks = Ranks(CPU)
+    ranks.store = Gone()
+    assert ranks.first_to_say("error: x")
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(), OSError(12, "Cannot allocate memory"),
+                 RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
+                 RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes"), RuntimeError("std::bad_alloc"),
+                 RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+                 RuntimeError("Storage size calculation overflowed with sizes=[9223372036854775807, 4]")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: str(e)[:20])
+def test_memory_that_runs_out_is_one_line_with_the_remedy(error):
+    def main():
+        raise error
+    def block():
+        with ranks_of(CPU, "lower batch_size"):
+            main()
+    says(error_of(block), "out of memory; lower batch_size (")
+    says(error_of(configurator.run, main, "lower num_samples"), "out of memory; lower num_samples (")
+
+
+def test_real_memory_that_runs_out_is_one_line():
+    """On the CPU: by torch, by numpy, by Python."""
+    for allocate in (lambda: torch.empty(1 << 60), lambda: torch.empty(1 << 40).expand(2, -1).contiguous(),
+                     lambda: torch.zeros((1 << 62, 1 << 62)), lambda: np.zeros(1 << 50), lambda: bytearray(1 << 55)):
+        says(error_of(configurator.run, allocate), "out of memory; use a smaller model")
 
 
 # ---------------------------------------------------------------------------------------------------- ranks
@@ -109,7 +112,7 @@ def test_one_process_is_rank_0_of_1(capsys):
     with ranks.main_first():
         ranks.say("here")
     assert torch.equal(ranks.sum(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))
-    ranks.close()
+    ranks.end()
     assert capsys.readouterr().out == "here\n"
 
 
@@ -125,7 +128,7 @@ def nan_on_rank_1():
 
 def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(options, tmp_path):
     """DDP wraps what is spoilt; the ranks stay equal and the run ends well."""
-    ranks = group(tmp_path, 2, argv(**options, steps=6), before=nan_on_rank_1)
+    ranks = start_ranks(tmp_path, 2, argv(**options, max_iters=6), before=nan_on_rank_1)
     assert [r.wait() for r in ranks] == [0, 0], [r.err() for r in ranks]
     seen = losses(options["out_dir"])
     assert [x is None for x in seen] == [False, False, True, False, False, False]
@@ -134,24 +137,32 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(options, tmp_path)
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_the_group_soon(options, tmp_path, killed):
-    ranks = group(tmp_path, 2, argv(**options | dict(steps=4000)), before=slow)
-    ranks[0].until(lambda p: "step 3/" in p.out())
+    ranks = start_ranks(tmp_path, 2, argv(**options | dict(max_iters=4000)), before=slow)
+    ranks[0].until(lambda p: "iter 3/" in p.out())
     ranks[killed].signal(signal.SIGKILL)
     assert ranks[killed].wait() == -9 and ranks[1 - killed].wait(30) not in (0, None)
-    assert load_checkpoint(options["out_dir"] / "last.pt")["step"] == 0
+    assert load_checkpoint(options["out_dir"] / "last.pt")["iter_num"] == 0
 
 
 def fail_on_rank_1():
     """In the process: a user's error on one rank only, in the midst of training."""
     from configurator import UserError
-    report, draw = train.report, train.draw_noise
-    count = iter(range(10 ** 6))
+    draw, count = train.draw_inputs, iter(range(10 ** 6))
     def failing(*args):
         if os.environ["RANK"] == "1" and next(count) == 5:
-            os.environ["LOCAL_RANK"] = "0"                        # as on a second host, which speaks for itself
             raise UserError("the disk of this host is gone")
         return draw(*args)
-    train.draw_noise, train.report = failing, report
+    train.draw_inputs = failing
+
+
+def out_of_memory_on_rank_1():
+    """In the process: the loss does not fit the memory of one rank."""
+    nll, count = train.diffusion.nll, iter(range(10 ** 6))
+    def failing(*args):
+        if os.environ["RANK"] == "1" and next(count) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has ...")
+        return nll(*args)
+    train.diffusion.nll = failing
 
 
 def fail_in_main_first():
@@ -163,33 +174,35 @@ def fail_in_main_first():
         train.make_model = failing
 
 
-@pytest.mark.parametrize("fault, line", [(fail_on_rank_1, "error: the disk of this host is gone"),
-                                         (fail_in_main_first, "error: no such trunk")])
+@pytest.mark.parametrize("fault, line", [
+    (fail_on_rank_1, "error: the disk of this host is gone"), (fail_in_main_first, "error: no such trunk"),
+    (out_of_memory_on_rank_1, "error: out of memory; raise gradient_accumulation_steps, or lower batch_size "
+                              "(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has ...)")])
 def test_a_rank_that_fails_says_why_and_ends_the_group(options, tmp_path, fault, line):
     """The others end too, soon, and do not bury its line under a traceback of their own."""
-    ranks = group(tmp_path, 2, argv(**options), before=fault)
+    ranks = start_ranks(tmp_path, 2, argv(**options), before=fault)
     assert [r.wait(30) for r in ranks] == [1, 1]
-    failed = ranks[1] if fault is fail_on_rank_1 else ranks[0]
+    failed = ranks[0 if fault is fail_in_main_first else 1]
     assert failed.err() == line + "\n"
     assert "Traceback" not in ranks[0].err() + ranks[1].err()
 
 
 def test_all_ranks_stop_at_the_same_step(options, tmp_path):
     """A signal to one of them: they agree, save, and end with its status or that of SIGTERM."""
-    words = argv(**options | dict(steps=4000))
-    ranks = group(tmp_path, 2, words, before=slow)
-    ranks[0].until(lambda p: "step 3/" in p.out())
+    words = argv(**options | dict(max_iters=4000))
+    ranks = start_ranks(tmp_path, 2, words, before=slow)
+    ranks[0].until(lambda p: "iter 3/" in p.out())
     ranks[1].signal(signal.SIGINT)
     assert ranks[1].wait() == 130 and ranks[0].wait() in (130, 143)
-    step = load_checkpoint(options["out_dir"] / "last.pt")["step"]
-    assert ranks[0].out().endswith(f"stopped at step {step}; go on with --resume\n") and step >= 3
+    step = load_checkpoint(options["out_dir"] / "last.pt")["iter_num"]
+    assert ranks[0].out().endswith(f"stopped at iteration {step}; go on with --resume\n") and step >= 3
     assert "Traceback" not in ranks[0].err() + ranks[1].err()
 
 
 # -------------------------------------------------------------------------------------------------- signals
 def test_a_first_signal_is_noted_and_a_second_ends_the_process(monkeypatch):
     ended = []
-    monkeypatch.setattr(machine.os, "_exit", ended.append)
+    monkeypatch.setattr(module.os, "_exit", ended.append)
     stop = StopSignals()
     assert stop.number == 0
     os.kill(os.getpid(), signal.SIGTERM)
@@ -228,9 +241,9 @@ def closed_pipe():
 
 def test_training_goes_on_when_nobody_reads_what_it_prints(options, tmp_path):
     """python train.py ... | head"""
-    status, _, err = script(tmp_path, "train", *argv(**options | dict(steps=5)), before=closed_pipe)
-    assert err == "" and load_checkpoint(options["out_dir"] / "last.pt")["step"] == 5 and status == 0
-    straight = options | dict(steps=5, out_dir=tmp_path / "straight")
+    status, _, err = script(tmp_path, "train", *argv(**options | dict(max_iters=5)), before=closed_pipe)
+    assert err == "" and load_checkpoint(options["out_dir"] / "last.pt")["iter_num"] == 5 and status == 0
+    straight = options | dict(max_iters=5, out_dir=tmp_path / "straight")
     train.main(argv(**straight))
     assert same_tensors(*(load_checkpoint(out / "last.pt")["model"] for out in (options["out_dir"], tmp_path / "straight")))
 
