@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import diffusion
 from configurator import UserError
 from decode import draw_noise
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
@@ -76,6 +77,41 @@ def wild_pair(seed=1, config=WILD, **path):
             p.copy_(std.get(".".join(name.split(".")[:2]), 0.25) * torch.randn(p.shape, generator=g)
                     + ("ln_" in name and name.endswith("weight")))
     return pair.requires_grad_(False)
+
+
+# Ways to predict a token, as options of SamplerConfig.
+SETTINGS = {
+    "trunk": dict(steps=1), "trunk sampled": dict(steps=1, temperature=1.0, top_k=5),
+    "two": dict(steps=2), "euler": dict(steps=8), "euler late": dict(steps=7, t_end=0.99),
+    "many": dict(steps=17), "euler to 1": dict(steps=5, t_end=1.0),
+    "midpoint": dict(steps=9, solver="midpoint"), "midpoint odd": dict(steps=6, solver="midpoint", t_end=0.95),
+    "midpoint to 1": dict(steps=15, solver="midpoint", t_end=1.0), "heun": dict(steps=7, solver="heun"),
+    "heun to 1": dict(steps=8, solver="heun", t_end=1.0), "fixed_point": dict(steps=8, solver="fixed_point"),
+    "fixed_point late": dict(steps=6, solver="fixed_point", relaxation=0.3, t_hold=0.6, t_end=0.9, guess="mean"),
+    "adaptive": dict(steps=12, solver="adaptive", tol=0.3),
+    "adaptive short": dict(steps=4, solver="adaptive", tol=0.05),
+    "adaptive to 1": dict(steps=12, solver="adaptive", tol=0.5, t_end=1.0),
+    "stop": dict(steps=8, stop=0.5), "sampled stop": dict(steps=8, stop=0.1, guess="sample"),
+    "stop midpoint": dict(steps=9, solver="midpoint", stop=0.3),
+    "stop fixed_point": dict(steps=9, solver="fixed_point", stop=0.2, guess="mean"),
+    "adaptive stop": dict(steps=12, solver="adaptive", stop=0.3),
+    "temperature": dict(steps=6, temperature=0.8),
+    "sampled guesses": dict(steps=6, guess="sample", temperature=1.0, top_k=7),
+    "sampled adaptive": dict(steps=9, solver="adaptive", guess="sample", tol=0.5),
+    "mean": dict(steps=6, solver="heun", guess="mean"), "guidance": dict(steps=6, guidance=2.5),
+    "guidance stop": dict(steps=6, guidance=2.5, stop=0.9, solver="midpoint"),
+    "guidance adaptive": dict(steps=6, guidance=1.5, solver="adaptive")}
+SOLVERS = [*diffusion.SOLVERS, "fixed_point"]                     # those with times that are known in advance
+
+
+def example(B=3, S=9, seed=0):
+    """idx (B, S), at, y (N,) and group (B,) of a batch for a wild pair."""
+    g = generator(seed)
+    idx = torch.randint(WILD.vocab_size, (B, S), generator=g)
+    is_target = torch.rand(B, S, generator=g) >= 0.4
+    is_target[:, -1] = False
+    at = is_target.nonzero(as_tuple=True)
+    return idx, at, idx.roll(-1, 1)[at], torch.tensor([0, 3, 2])[:B]
 
 
 class Naive:
