@@ -112,9 +112,10 @@ def without_effect(config, needs, holds, *names):
             raise UserError(f"{f.name}={value} does nothing without {needs}; leave it out")
 
 
-def configure(cls, argv=None, usage=""):
+def configure(cls, argv=None, usage="", defaults=None):
     """Return the instance of the dataclass cls that the command line argv (default: sys.argv[1:]) asks for.
 
+    defaults: a dict of options that hold unless the command line says otherwise, in place of the fields' own.
     `--help` prints usage and every field, then exits with 0. Raises UserError for any mistake.
     cls.__post_init__ may raise it too, for combinations that cannot work.
     """
@@ -123,15 +124,15 @@ def configure(cls, argv=None, usage=""):
         print(_help(cls, usage))
         raise SystemExit(0)
     kinds = get_type_hints(cls)
-    defaults = {f.name: f.default for f in fields(cls)}
-    values = {}
+    examples = {f.name: f.default for f in fields(cls)}
+    values = dict(defaults or {})
 
     def put(name, value, place="", dashes="--"):  # place: "config/x.py:3: " for a line of a file
-        if name not in defaults:
+        if name not in examples:
             hint = getattr(cls, "hints", {}).get(name)
-            advice = f": {hint}" if hint else f"{_did_you_mean(name, defaults, dashes)} (--help lists all)"
+            advice = f": {hint}" if hint else f"{_did_you_mean(name, examples, dashes)} (--help lists all)"
             raise UserError(f"{place}unknown option {dashes}{name}{advice}")
-        values[name] = _checked(value, kinds[name], defaults[name], place + dashes + name)
+        values[name] = _checked(value, kinds[name], examples[name], place + dashes + name)
         if kinds[name] is str and name != "prompt":              # paths: a shell does not expand --key=~/x
             values[name] = os.path.expanduser(values[name])
 
@@ -141,8 +142,8 @@ def configure(cls, argv=None, usage=""):
             name = key.replace("-", "_")
             if not equals and kinds.get(name) is bool:
                 text = "True"
-            elif not equals and name in defaults:
-                example = shlex.quote(str(defaults[name]))
+            elif not equals and name in examples:
+                example = shlex.quote(str(examples[name]))
                 raise UserError(f"--{name} needs =VALUE, as in --{name}={example}")
             put(name, _from_text(text, kinds.get(name)))
         elif arg.endswith(".py") and not arg.startswith("-"):
