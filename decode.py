@@ -22,11 +22,12 @@ class DecodingConfig(SamplerConfig):  # `--help` prints the comments of this cla
     # how a text is written
     max_new_tokens: int = 320
     draft: int = 16                 # most tokens that the trunk drafts at once; 0: none. Same text, sooner
+    ahead: int = 1000               # most evaluations of a token in one call; 0: one. Same text, sooner
     seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, max_new_tokens=1, draft=0, seed=0)
+        at_least(self, max_new_tokens=1, draft=0, ahead=0, seed=0)
 
 
 @dataclass
@@ -36,8 +37,10 @@ class Continuation:
     ended: bool = False             # whether the end of text was written
     predicted: int = 0              # tokens predicted, the end of text included
     nfe: int = 0                    # path calls at the positions of these tokens
-    computed: int = 0               # path calls in all, with those for rejected drafts
-    rounds: int = 0                 # trunk passes are shared within a round, see speculate.py
+    computed: int = 0               # path calls in all, with those that speculation threw away
+    calls: int = 0                  # how often the path's weights were read; in a batch rows share that
+    changes: int = 0                # how often the guess changed between two evaluations (speculate.py)
+    rounds: int = 0                 # of drafting and refining, see speculate.py
     rejected: list = field(default_factory=list)    # indices of the tokens that differ from their draft
     trace: list = field(default_factory=list)       # per token, (t, guess, probability) of each evaluation
 
@@ -52,17 +55,18 @@ class Continuation:
 
 # ---------------------------------------------------------------------------------------- the plain way
 @torch.no_grad()
-def generate_one(model, prompt, eot, config, group=None, text_id=0, trace=False):
+def generate_one(model, prompt, eot, config, group=None, text_id=0, trace=False, tables=None):
     """Continue one prompt until the end of text, each token by Algorithm 1. Returns a Continuation.
 
     prompt: a non-empty list of token ids. eot: the id that ends a text. config: a DecodingConfig. group: a
     guidance group, None for none. text_id: with config.seed it determines the noise.
-    trace: keep the guesses of every token.
+    trace: keep the guesses of every token. tables: Tables of the model, which several texts may share.
     """
     assert model.path is not None or config.steps == 1, "without a path T must be 1"
     config = fit_to_trunk(config, model)
     device = model.trunk.wte.weight.device
-    tables = Tables(model) if config.steps > 1 else None
+    if tables is None and config.steps > 1:
+        tables = Tables(model)
     denoise = denoiser_class(config)                              # Denoiser, or the one of adaptive.py
     x_0, u = draw_noise(model, [text_id], config)                      # (1, max_new_tokens, D or T + 1)
     group = torch.tensor([model.no_group if group is None else group], device=device)
@@ -85,7 +89,7 @@ def generate_one(model, prompt, eot, config, group=None, text_id=0, trace=False)
         pos = pos[:, -1:] + 1
         kv = cache.first(len(prompt) + n + 1)                     # room for one more position
         h, _ = model.trunk(idx, pos, kv)                          # (1, 1, C); writes into the cache
-    out.computed = out.nfe
+    out.computed = out.calls = out.nfe
     out.rounds = out.predicted
     return out
 
@@ -199,7 +203,7 @@ def read_prompts(model, prompts, config, group, ids):
 
 
 @torch.no_grad()
-def generate_batch(model, prompts, eot, config, group=None, ids=None, trace=False):
+def generate_batch(model, prompts, eot, config, group=None, ids=None, trace=False, tables=None):
     """Continue B prompts of any lengths side by side. Each gets the text that generate_one writes for it.
 
     group: B guidance groups, or None for none. ids: the text_id of each, by default 0 to B - 1. Rows that
@@ -207,7 +211,8 @@ def generate_batch(model, prompts, eot, config, group=None, ids=None, trace=Fals
     """
     assert model.path is not None or config.steps == 1, "without a path T must be 1"
     config = fit_to_trunk(config, model)
-    tables = Tables(model) if config.steps > 1 else None
+    if tables is None and config.steps > 1:
+        tables = Tables(model)
     denoise = denoiser_class(config)
     rows = read_prompts(model, prompts, config, group, ids or range(len(prompts)))
     out = rows.out                                                # of all; rows.out loses those that end
@@ -225,6 +230,7 @@ def generate_batch(model, prompts, eot, config, group=None, ids=None, trace=Fals
         for i, (token, nfe) in enumerate(zip(rows.token.tolist(), f.nfe.tolist())):
             rows.out[i].add(token, eot, nfe, f.trace and f.trace[i])
             rows.out[i].computed += nfe
+            rows.out[i].calls += nfe
             rows.out[i].rounds += 1
             rows.positions[i] += 1
         rows.drop_finished(config, model.trunk.config.block_size)

@@ -191,6 +191,11 @@ class SamplerConfig:                # `--help` prints the comments of this class
             require(self.t_hold <= self.last_time() and self.t_hold < 1,
                     f"t_hold={self.t_hold}, but it must be below 1, and at most t_end={self.last_time()}")
 
+    @property
+    def times_are_known(self):
+        """Whether the times of all evaluations are known before the first."""
+        return self.solver != "adaptive"
+
     def last_time(self):
         """The time of the last evaluation: t_end, or (T - 1) / T but at most 15/16, or 0.9 for fixed_point.
 
@@ -246,6 +251,13 @@ class Tables(dict):
     def __init__(self, model):
         self.path = model.path
         self.V = model.embed(slice(None))
+
+    def at(self, times):
+        """The conditions of E times, a tuple: L x (E G, 6C) and w_d (E G, C), for G groups at each time."""
+        if times not in self:
+            modulations, w_d = zip(*(self[t] for t in times))
+            self[times] = [torch.cat(layer) for layer in zip(*modulations)], torch.cat(w_d)
+        return self[times]
 
     def __missing__(self, t):
         group = torch.arange(self.path.n_groups + 1, device=self.V.device)

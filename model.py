@@ -438,7 +438,11 @@ class L2D(nn.Module):
         return self.path.token_space(self.trunk.wte.weight.detach()[ids])
 
     def forward(self, x_t, t, c, group, condition=None):
-        """f(x_t, t, c), logits (N, V_size), by Eq. 6: the head of h_trunk + w_d(t) h_path.
+        """f(x_t, t, c), the prediction: logits (N, V_size). Arguments as in merge."""
+        return self.trunk.head(self.merge(x_t, t, c, group, condition))
+
+    def merge(self, x_t, t, c, group, condition=None):
+        """Eq. 6: h_trunk + w_d(t) h_path, hidden states (N, C) before the final norm and the head.
 
         x_t: (N, D) float32. t: (N,) float32. c: a Context. group: (N,) guidance groups. condition:
         path.condition(t, group) where it is known already, for each position or one for all.
@@ -448,4 +452,4 @@ class L2D(nn.Module):
         if self.path.config.path_init == "trunk":
             embedding = embedding + self.trunk.wte(c.token)       # as the trunk's own input (deviation 2)
         h_path = self.path(x_t, t, embedding, modulations, c)
-        return self.trunk.head(c.h + w_d * h_path)                # Eq. 6
+        return c.h + w_d * h_path                                 # Eq. 6

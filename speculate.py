@@ -1,66 +1,85 @@
 """
-The same texts sooner: the trunk drafts several tokens, and the path checks them all at once.
+The same texts sooner, by two kinds of speculation. The paper has neither (deviation 14).
 
-The paper does not have this (deviation 14). One *round* goes so:
-    1. draft   The trunk writes K tokens by plain decoding (T = 1), one after the other.
-    2. refine  Algorithm 1 runs at these K positions together. Each path call serves all of them.
-    3. accept  We compare refined and drafted tokens from left to right. Those that agree are kept, and so is
-               the first that differs, in its refined form. What lies behind it is thrown away.
+Decoding is slow because each call of a network reads all of its weights to serve one position. A call that
+serves several positions takes hardly longer. So we guess what will be needed, compute it all in one call, check
+the guesses, and throw away what was guessed wrongly.
+
+**Ahead in time: all evaluations of a token at once.** Algorithm 1 needs x_t before it can evaluate, and x_t
+needs the guess of the evaluation before. But the guess is a token, and it seldom changes from one evaluation to
+the next. As long as it stays, x_t at every later time follows without any path call.
+    assume   that the guess stays as it is, and compute x_t at the next W times, the *window*;
+    call     the path once, with all W of them as queries (queries do not see each other);
+    check    the guesses that come back. Up to and including the first that differs from the assumption, each
+             evaluation was made at the right x_t. The rest is thrown away, and we go on from the new guess.
+A token whose guess never changes takes one call instead of T - 1.
+
+**Ahead in the text: drafts.** One round goes so:
+    draft    The trunk writes K tokens by plain decoding (T = 1), one after the other.
+    refine   Algorithm 1 runs at these K positions together. Each path call serves all of them.
+    accept   We compare refined and drafted tokens from left to right. Those that agree are kept, and so is the
+             first that differs, in its refined form. What lies behind it is thrown away.
+The draft model of this speculative decoding (Leviathan et al. 2023) is the trunk itself, whose passes over the
+kept tokens are needed anyway.
 
 Why the text does not change. A path call at position k reads x_t of k and the trunk's keys and values at
-positions up to k. Its noise is fixed by the seed, the text and the position. So a prediction depends only on
-the tokens before it. Every token that is kept was predicted after the same tokens as in decode.py.
-
-What is gained: the path's weights are read once for K positions. What is wasted: the trunk passes and path
-calls behind the first token that differs. This is speculative decoding (Leviathan et al. 2023). The draft
-model is the trunk itself, whose passes over the kept tokens are needed anyway.
+positions up to k. The noise is fixed by the seed, the text and the position. So an evaluation depends only on
+the tokens before it and on the guesses before it. Every one that is kept had the right ones.
 """
+import time
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
 import decode
 from adaptive import denoiser_class
 from decode import fit_to_trunk, read_prompts
-from diffusion import Tables, choose
+from diffusion import Tables, algorithm_1, choose
 from model import Context
 
-# A call over n positions takes about (1 + n / HALF) / (1 + 1 / HALF) times as long as one over a single
-# position. Fitted on a CPU; it only steers the length of drafts.
-HALF = 32
+HEAD_ROWS = 256                     # hidden states that the head turns into logits at once, for memory
 
 
-def generate(model, prompts, eot, config, group=None, ids=None, trace=False):
+def generate(model, prompts, eot, config, group=None, ids=None, trace=False, tables=None):
     """Continue B prompts. Returns B Continuations; arguments as in decode.generate_batch.
 
-    Without drafts (config.draft = 0, or T = 1) decode.py does it, and for one prompt in the plain way.
+    With --draft=0 and --ahead=0, or with T = 1, decode.py does it, and for one prompt in the plain way.
     """
-    if config.draft > 0 and config.steps > 1:
-        return generate_with_drafts(model, prompts, eot, config, group, ids, trace)
+    if config.steps > 1 and (config.draft > 0 or can_look_ahead(config)):
+        return generate_speculatively(model, prompts, eot, config, group, ids, trace, tables)
     if len(prompts) > 1:
-        return decode.generate_batch(model, prompts, eot, config, group, ids, trace)
+        return decode.generate_batch(model, prompts, eot, config, group, ids, trace, tables)
     group = group[0] if group else None
-    return [decode.generate_one(model, prompts[0], eot, config, group, ids[0] if ids else 0, trace)]
+    text_id = ids[0] if ids else 0
+    return [decode.generate_one(model, prompts[0], eot, config, group, text_id, trace, tables)]
+
+
+def can_look_ahead(config):
+    """Whether x_t can be foreseen. A mean of all tokens as the guess changes a little at every evaluation."""
+    return config.ahead > 0 and config.guess != "mean" and config.times_are_known
 
 
 @torch.no_grad()
-def generate_with_drafts(model, prompts, eot, config, group=None, ids=None, trace=False):
-    """generate_batch in rounds of up to config.draft tokens. In float32 the texts are the same."""
+def generate_speculatively(model, prompts, eot, config, group=None, ids=None, trace=False, tables=None):
+    """generate_batch in rounds of drafting, refining and accepting. In float32 the texts are the same."""
     assert model.path is not None, "without a path there is nothing to refine"
     config = fit_to_trunk(config, model)
     block_size = model.trunk.config.block_size
-    tables = Tables(model)
+    tables = Tables(model) if tables is None else tables
     rows = read_prompts(model, prompts, config, group, ids or range(len(prompts)))
     out = rows.out                                                # of all; rows.out loses those that end
     while rows.out:
-        K = min(choose_length(rows.out, config), block_size - max(rows.positions))
+        K, W = choose_sizes(rows.out, config, measure_costs(model, rows))
+        K = min(K, block_size - max(rows.positions))
         draft = write_draft(model, rows, K, eot, config)
-        y, f = refine(model, rows, draft, tables, config, trace)
+        y, f = refine(model, rows, draft, tables, config, W, trace)
         accept(rows, draft, y, f, eot)
         rows.drop_finished(config, block_size)
     return out
 
 
+# ---------------------------------------------------------------------------------------------- drafting
 class Draft(NamedTuple):
     """K tokens that the trunk wrote in each of B rows, and what it computed for them."""
     y: torch.Tensor                 # (B, K) the drafted tokens
@@ -87,6 +106,7 @@ def write_draft(model, rows, K, eot, config):
     u = rows.u[:, :, 0].gather(1, n)                              # (B, K)
     token = rows.token
     h = rows.h
+    ended = torch.zeros_like(token, dtype=torch.bool)
     columns = []
     for j in range(K):
         if h is None:                                             # the trunk has not read this token yet
@@ -98,49 +118,267 @@ def write_draft(model, rows, K, eot, config):
         columns.append((y, logits, token, h))
         token = y
         h = None
+        ended |= y == eot
+        if device.type == "cpu" and ended.all():                  # on a GPU it would take time to look
+            break
     y, logits, token, h = (torch.stack(column, 1) for column in zip(*columns))
+    K = y.size(1)
     ends = (y == eot).long()
     first_end_or_before = ends.cumsum(1) == ends
-    return Draft(y, logits, token, h, pos, n, ~beyond & first_end_or_before)
+    return Draft(y, logits, token, h, pos[:, :K], n[:, :K], ~beyond[:, :K] & first_end_or_before)
 
 
-def refine(model, rows, draft, tables, config, trace):
-    """Run Algorithm 1 at the N valid positions of a draft, all at once.
+# ---------------------------------------------------------------------------------------------- refining
+def refine(model, rows, draft, tables, config, W, trace):
+    """Run Algorithm 1 at the N valid positions of a draft, with windows of W evaluations.
 
-    Returns the refined tokens (N,) and the Denoiser.
+    Returns the refined tokens (N,), and an object f with nfe (N,), computed (N,), changes (N,), the number of
+    times that the guess changed, and trace. Tokens behind one that differs from the draft may be wrong.
     """
-    if draft.valid.all():
-        at = None                                                 # they fill the grid (B, K): N = B K
-
-        def flatten(z):
-            return z.flatten(0, 1)
-    else:
-        at = draft.valid.nonzero(as_tuple=True)                   # (rows, columns), each (N,)
-
-        def flatten(z):
-            return z[at]
-    K = draft.y.size(1)
-    kv, mask = rows.visible(draft.pos, max(rows.positions) + K - 1)
-    c = Context(flatten(draft.h), flatten(draft.token), flatten(draft.pos), kv, at, mask)
-    own = torch.arange(len(draft.n), device=draft.n.device)[:, None], draft.n
-    u = flatten(rows.u[own])                                      # (N, T + 1)
-    x_0 = flatten(rows.x_0[own])                                  # (N, D)
-    group = flatten(rows.group[:, None].expand_as(draft.n))       # (N,)
-    denoise = denoiser_class(config)
-    f = denoise(model, config, tables, c, group, x_0, u, flatten(draft.logits), trace)
-    return choose(f.predict(), u[:, 0], config.temperature, config.top_k), f
+    at = draft.valid.nonzero(as_tuple=True)                       # (rows, columns), each (N,)
+    kv, mask = rows.visible(draft.pos, max(rows.positions) + draft.y.size(1) - 1)
+    full = len(at[0]) == draft.y.numel()                          # then the positions fill the grid (B, K)
+    c = Context(draft.h[at], draft.token[at], draft.pos[at], kv, None if full else at, mask)
+    u = rows.u[at[0], draft.n[at]]                                # (N, T + 1)
+    x_0 = rows.x_0[at[0], draft.n[at]]                            # (N, D)
+    group = rows.group[at[0]]                                     # (N,)
+    if can_look_ahead(config):
+        f = LookAhead(model, config, tables, c, at[0], group, x_0, u, draft.logits[at], draft.y[at], trace)
+        return f.run(W), f
+    f = denoiser_class(config)(model, config, tables, c, group, x_0, u, draft.logits[at], trace)
+    y = choose(f.predict(), u[:, 0], config.temperature, config.top_k)
+    f.computed = f.nfe
+    f.changes = torch.zeros_like(f.nfe)
+    f.n_calls = config.steps - 1
+    return y, f
 
 
+class Replay:
+    """Stands in for the Denoiser where the guesses are given: it notes every x_t, and calls no network.
+
+    guess: (N, E) tokens of the E evaluations. free: the same without a guidance group. w: guidance.
+    """
+    def __init__(self, V, guess, free, w):
+        self.V = V
+        self.guess = guess
+        self.free = free
+        self.w = w
+        self.x = []
+        self.times = []
+
+    def evaluate(self, x_t, t):
+        self.x.append(x_t)
+        self.times.append(t)
+
+    def x_1_hat(self, x_t, t):
+        e = len(self.times)
+        self.evaluate(x_t, t)
+        return self.embed(e, t)
+
+    def embed(self, e, t):
+        """The guess of evaluation e, which is at time t, as points (N, D)."""
+        x_1_hat = self.V[self.guess[:, e]]
+        if self.w != 1 and t > 0:                                 # Eq. 7
+            x_1_hat = self.w * x_1_hat + (1 - self.w) * self.V[self.free[:, e]]
+        return x_1_hat
+
+
+class LookAhead:
+    """Algorithm 1 at N positions, with path calls that evaluate a window of times at once.
+
+    c, group, x_0, u, trunk_logits, trace: as for Denoiser. row: (N,) the row of each position. draft: (N,) the
+    drafted tokens.
+    """
+    def __init__(self, model, config, tables, c, row, group, x_0, u, trunk_logits, draft, trace):
+        self.model = model
+        self.config = config
+        self.tables = tables
+        self.c = c
+        self.row = row
+        self.group = group
+        self.x_0 = x_0
+        self.u = u
+        self.draft = draft
+        self.plan = config.plan(x_0)
+        first = self.pick(trunk_logits.float(), torch.zeros_like(row))
+        guess = first[:, None].expand(-1, config.steps)
+        self.newest = self.replay(guess, guess)
+        self.times = self.newest.times                            # E of them; Heun to t = 1 has T - 1
+        N = len(row)
+        E = len(self.times)
+        self.guess = first[:, None].repeat(1, E)                  # (N, E): known, and behind that assumed
+        self.free = self.guess.clone()
+        self.known = torch.ones_like(row)                         # (N,) evaluations that are known
+        self.end = torch.full_like(row, E - 1)                    # (N,) the last evaluation; less with --stop
+        self.done = torch.zeros_like(row, dtype=torch.bool)       # (N,)
+        self.h = c.h.new_zeros(N, E, c.h.size(1))                 # (N, E, C) hidden states before the head
+        self.p = None
+        if trace:
+            self.p = torch.zeros(N, E, device=row.device)         # probability of each guess
+            self.p[:, 0] = trunk_logits.float().softmax(-1).gather(1, first[:, None])[:, 0]
+        self.y = draft.clone()                                    # (N,) the tokens that come out
+        self.computed = torch.zeros_like(row)                     # (N,) queries
+        self.n_calls = 0
+
+    def run(self, W):
+        """Evaluate until every position is done that is not behind a wrong draft. Returns the tokens (N,)."""
+        active = ~self.done
+        while active.any():
+            self.call(torch.stack(self.newest.x, 1), active, W)   # x (N, E, D)
+            self.newest = None
+            if self.config.stop:
+                self.stop_settled()
+            self.finish()
+            active = ~self.done & ~self.behind_a_doubt()
+            if self.newest is None and active.any():
+                self.newest = self.replay(self.guess, self.free)
+        self.nfe = self.path_calls(self.end)
+        # A change at the last evaluation that counts is one, too: what was assumed for it was wrong.
+        before_end = torch.arange(self.guess.size(1), device=self.end.device)[None, 1:] <= self.end[:, None]
+        self.changes = ((self.guess[:, 1:] != self.guess[:, :-1]) & before_end).sum(1)
+        self.trace = self.make_trace() if self.p is not None else None
+        return self.y
+
+    def replay(self, guess, free):
+        """x_t at all times, if these are the guesses."""
+        times, steps = self.plan
+        replay = Replay(self.tables.V, guess, free, self.config.guidance)
+        algorithm_1(replay, self.x_0, times, steps)
+        return replay
+
+    def call(self, x, active, W):
+        """One path call over the next W evaluations of the active positions (N,)."""
+        E = len(self.times)
+        e = torch.arange(E, device=self.row.device)
+        last = torch.minimum(self.known + W, self.end + 1)        # (N,) the end of each window
+        window = (e >= self.known[:, None]) & (e < last[:, None]) & active[:, None]        # (N, E)
+        kinds = [window]                                          # with the group, and for guidance without
+        if self.config.guidance != 1:
+            kinds.append(window & (e < E - 1))                    # the last evaluation is not guided
+        n, e, kind = torch.stack(kinds, 2).nonzero(as_tuple=True)  # of each query: position, evaluation, kind
+        h = self.query(x, n, e, torch.where(kind == 0, self.group[n], self.model.no_group))
+        guess, p = self.guesses(h, n, e)
+        self.computed += torch.bincount(n, minlength=len(self.row))
+        self.n_calls += 1
+        with_group = kind == 0
+        self.h[n[with_group], e[with_group]] = h[with_group]
+        if self.p is not None:
+            self.p[n[with_group], e[with_group]] = p[with_group]
+        self.check(n, e, kind, guess, last)
+
+    def check(self, n, e, kind, guess, last):
+        """Compare the guesses of all queries with what was assumed, and move on to the first that differs."""
+        N, E = self.guess.shape
+        assumed = torch.where(kind == 0, self.guess[n, e], self.free[n, e])
+        differs = torch.where(guess == assumed, E, e)
+        first = torch.full((N,), E, device=n.device).scatter_reduce(0, n, differs, "amin")    # (N,), E: none
+        now = e == first[n]                                       # the queries at the first difference
+        behind = torch.arange(E, device=n.device) >= first[:, None]                           # (N, E)
+        for tokens, this in ((self.guess, now & (kind == 0)), (self.free, now & (kind == 1))):
+            new = tokens[:, -1].clone()
+            new[n[this]] = guess[this]
+            tokens[:] = torch.where(behind, new[:, None], tokens)  # we assume that the new guess stays
+        asked = torch.zeros_like(self.done)
+        asked[n] = True
+        self.known = torch.where(asked, torch.minimum(first + 1, last), self.known)
+
+    def query(self, x, n, e, group):
+        """Hidden states (n, C) of a path call whose queries are evaluations e of the positions n."""
+        modulations, w_d = self.tables.at(tuple(self.times))      # of all times and groups
+        place = e * (self.model.no_group + 1) + group
+        of_queries = (m.index_select(0, place) for m in modulations)  # a generator: one at a time in memory
+        condition = of_queries, w_d.index_select(0, place)
+        t = torch.tensor(self.times, device=n.device)[e]
+        return self.model.merge(x[n, e], t, self.context(n), group, condition)
+
+    def context(self, n):
+        """The Context of queries at the positions n, in ascending order, several of them at one position."""
+        c = self.c
+        row = self.row[n]
+        kv = c.kv
+        used, row = row.unique_consecutive(return_inverse=True)
+        if len(used) < kv[0][0].size(0):                          # not all rows are asked
+            kv = [(k[used], v[used]) for k, v in kv]
+        counts = torch.bincount(row)
+        B, Q = len(used), int(counts.max())
+        pos = c.pos[n]
+        S = torch.arange(kv[0][0].size(2), device=n.device)
+        if len(n) == B * Q:                                       # they fill a grid
+            return Context(c.h[n], c.token[n], pos, kv, None, (S <= pos.view(B, Q, 1))[:, None])
+        column = torch.arange(len(n), device=n.device) - (counts.cumsum(0) - counts)[row]
+        grid = pos.new_zeros(B, Q).index_put((row, column), pos)
+        return Context(c.h[n], c.token[n], pos, kv, (row, column), (S <= grid[:, :, None])[:, None])
+
+    def guesses(self, h, n, e):
+        """The guessed token of each hidden state (n, C), and its probability, where a trace needs it."""
+        guess = []
+        p = []
+        for start in range(0, len(h), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            logits = self.model.trunk.head(h[part]).float()
+            guess.append(self.pick(logits, e[part], n[part]))
+            if self.p is not None:
+                p.append(logits.softmax(-1).gather(1, guess[-1][:, None])[:, 0])
+        return torch.cat(guess), torch.cat(p) if p else None
+
+    def pick(self, logits, e, n=slice(None)):
+        """As Denoiser.pick, for evaluations e at the positions n."""
+        if self.config.guess == "sample":
+            u = self.u[n]
+            return choose(logits, u.gather(1, e[:, None] + 1)[:, 0])
+        return logits.argmax(-1)
+
+    def stop_settled(self):
+        """--stop, decided from the trajectory so far: a position ends at its first evaluation that settles."""
+        self.newest = self.replay(self.guess, self.free)
+        for e in range(1, len(self.times) - 1):
+            t = self.times[e]
+            m = (self.newest.x[e] - (1 - t) * self.x_0) / t       # the mean of the guesses before
+            far = (self.newest.embed(e, t) - m).norm(dim=1) / m.size(1) ** 0.5 > self.config.stop
+            settled = ~far & (self.guess[:, e] == self.guess[:, e - 1])
+            here = settled & (e < self.known) & (e < self.end)
+            self.end = torch.where(here, e, self.end)
+
+    def finish(self):
+        """Choose the tokens of the positions whose last evaluation is known."""
+        new = ((self.known > self.end) & ~self.done).nonzero()[:, 0]
+        if len(new) > 0:
+            logits = self.model.trunk.head(self.h[new, self.end[new]]).float()
+            self.y[new] = choose(logits, self.u[new, 0], self.config.temperature, self.config.top_k)
+            self.done[new] = True
+
+    def behind_a_doubt(self):
+        """(N,) whether an earlier position of the row differs from its draft, or its guess does so by now."""
+        guess = self.guess.gather(1, (self.known - 1)[:, None])[:, 0]
+        doubt = ~self.done & (guess != self.draft) & (self.config.temperature == 0)
+        doubt |= self.done & (self.y != self.draft)
+        count = doubt.cumsum(0)                                   # of doubts up to each position
+        start = torch.searchsorted(self.row, self.row)            # where its row begins
+        before = torch.cat([count.new_zeros(1), count])           # of doubts before each position
+        return before[:-1] > before[start]
+
+    def path_calls(self, end):
+        """(N,) path calls of Algorithm 1 up to the evaluation end (N,), one after another."""
+        if self.config.guidance == 1:
+            return end
+        return end + end.clamp(max=len(self.times) - 2)
+
+    def make_trace(self):
+        """For each position, the list of (t, guess, probability) of its evaluations."""
+        guesses, p, end = self.guess.tolist(), self.p.tolist(), self.end.tolist()
+        return [list(zip(self.times, guesses[i], p[i]))[:end[i] + 1] for i in range(len(end))]
+
+
+# ---------------------------------------------------------------------------------------------- accepting
 def accept(rows, draft, y, f, eot):
     """Add to each row its refined tokens, up to the first that differs from the draft.
 
-    y: (N,) the refined tokens at the valid positions. f: their Denoiser.
+    y: (N,) the refined tokens at the valid positions. f: as from refine.
     """
-    grid = torch.zeros(3, *draft.y.shape, dtype=torch.long, device=y.device)
+    grid = torch.zeros(5, *draft.y.shape, dtype=torch.long, device=y.device)
     grid[0] = draft.y
-    grid[1, draft.valid] = y
-    grid[2, draft.valid] = f.nfe
-    drafted, refined, nfe = grid.tolist()                         # one transfer from the device
+    grid[1:, draft.valid] = torch.stack([y, f.nfe, f.computed, f.changes])
+    drafted, refined, nfe, computed, changes = grid.tolist()      # one transfer from the device
     n_valid = draft.valid.sum(1).tolist()
     n_kept = []
     start = 0                                                     # of the row among the N positions
@@ -151,7 +389,9 @@ def accept(rows, draft, y, f, eot):
             out.rejected.append(out.predicted + kept - 1)
         for j in range(kept):
             out.add(refined[i][j], eot, nfe[i][j], f.trace and f.trace[start + j])
-        out.computed += sum(nfe[i])
+        out.computed += sum(computed[i])
+        out.changes += sum(changes[i][:kept])
+        out.calls += f.n_calls
         out.rounds += 1
         rows.positions[i] += kept
         n_kept.append(kept)
@@ -161,21 +401,102 @@ def accept(rows, draft, y, f, eot):
     rows.h = None                                                 # the trunk has not read these tokens
 
 
-def choose_length(out, config):
-    """The length K of the next draft, at most config.draft, that should take the least time per token.
+# ------------------------------------------------------------------------------------------ how far to look
+COSTS = WeakKeyDictionary()         # {model: {B: what measure_costs found}}
 
-    out: the Continuations of the B rows. A share a of their tokens was as drafted so far, so a draft of K
-    tokens yields (1 - a^K) / (1 - a) tokens on average. It costs K trunk passes over B positions, and as many
-    path calls over K B positions as a token took so far. To begin with we assume that ten tokens came before,
-    nine of them as drafted.
+
+def measure_costs(model, rows):
+    """What calls take here: (seconds of a trunk pass over B rows, [(queries, seconds) of path calls]).
+
+    Measured once for each model and (rounded) number of rows, when decoding starts.
     """
+    B = len(rows.out)
+    known = COSTS.setdefault(model, {})
+    key = B.bit_length()
+    if key in known:
+        return known[key]
+    device = rows.token.device
+    pos = torch.tensor(rows.positions, device=device)[:, None]
+    kv, mask = rows.visible(pos, max(rows.positions))
+    token = rows.token[:, None]
+    if rows.h is None:
+        h, _ = model.trunk(token, pos, kv, mask)
+        rows.h = h[:, 0]
+
+    def trunk_pass():
+        model.trunk.head(model.trunk(token, pos, kv, mask)[0][:, 0]).argmax(-1)
+
+    def path_call(Q):
+        index = torch.arange(B, device=device).repeat_interleave(Q)
+        S = torch.arange(kv[0][0].size(2), device=device)
+        c = Context(rows.h[index], rows.token[index], pos[index, 0], kv, None,
+                    (S <= pos[:, :, None].expand(B, Q, 1))[:, None])
+        x = rows.x_0[index, 0]
+        t = torch.full((len(index),), 0.5, device=device)
+        group = rows.group[index]
+        condition = model.path.condition(t[:1], group[:1])
+        return lambda: model.trunk.head(model.merge(x, t, c, group, condition)).argmax(-1)
+    path = []
+    for Q in (1, 4, 16, 64, 256, 1024):
+        path.append((B * Q, time_of(path_call(Q), device)))
+        if path[-1][1] > 4 * path[0][1]:                          # from here on it is proportional
+            break
+    known[key] = time_of(trunk_pass, device), path
+    return known[key]
+
+
+def time_of(f, device, repeats=3):
+    """Seconds of f(), the least of some repeats."""
+    seconds = []
+    for _ in range(1 + repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def interpolate(points, n):
+    """Seconds of a call over n queries, from measured points: lines between them, proportional behind."""
+    for (a, s_a), (b, s_b) in zip(points, points[1:]):
+        if n <= b:
+            return s_a + max(0.0, (n - a) / (b - a)) * (s_b - s_a)
+    last, seconds = points[-1]
+    return seconds * max(1.0, n / last)
+
+
+def choose_sizes(out, config, costs):
+    """The draft length K and the window W that should take the least time per token.
+
+    out: the Continuations of the B rows. costs: from measure_costs. A share a of the tokens was as drafted so
+    far, so a draft of K tokens yields (1 - a^K) / (1 - a) tokens on average. The guess changed at a share q of
+    the evaluations, so a window of W serves (1 - (1 - q)^W) / q of them. To begin with we assume that ten tokens
+    came before, of which one differed from its draft and two changed their guess.
+    """
+    trunk, path = costs
     B = len(out)
     n = 10 + sum(o.predicted for o in out)
     differ = (1 + sum(len(o.rejected) for o in out)) / n          # 1 - a
-    calls = (10 * (config.steps - 1) + sum(o.nfe for o in out)) / n
+    E = max(1, (10 * (config.steps - 1) + sum(o.nfe for o in out)) / n)     # path calls of a token
+    q = min(1.0, (2 + sum(o.changes for o in out)) / n / E)
+    longest = max(1, min(config.draft, config.max_new_tokens))
+    widest = max(1, min(config.ahead, config.steps - 1)) if can_look_ahead(config) else 1
 
-    def time_per_token(K):
+    def time_per_token(K, W):
         tokens = (1 - (1 - differ) ** K) / differ
-        return (K * (1 + B / HALF) + calls * (1 + K * B / HALF)) / tokens
-    longest = min(config.draft, config.max_new_tokens)
-    return min(range(1, longest + 1), key=time_per_token)
+        calls = E / W                                             # of all positions
+        again = tokens * E * (q / (1 - (1 - q) ** W) - 1 / W)     # more calls, one for each change of guess
+        rows_again = min(1.0, again)                              # share of the rows that need one
+        n_again = again if B == 1 else max(again, 1 - (1 - rows_again) ** B)
+        seconds = K * trunk + calls * interpolate(path, B * K * W)
+        return (seconds + n_again * interpolate(path, max(1, B * rows_again) * W)) / tokens
+    sizes = [(K, W) for K in powers_of_two(longest) for W in powers_of_two(widest)]
+    return min(sizes, key=lambda size: time_per_token(*size))
+
+
+def powers_of_two(most):
+    """1, 2, 4, ..., and most."""
+    return [2 ** i for i in range(most.bit_length()) if 2 ** i < most] + [most]
