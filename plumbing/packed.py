@@ -1,8 +1,8 @@
 """
-Faster decoding on a CPU: GPT-2's large matrices in the memory layout that this machine reads fastest.
+Faster decoding on a CPU: store large matrices in the memory layout that this machine reads fastest.
 
-It depends on the CPU and on the number of rows to multiply (docs/LOG.md): pack measures, for one and several.
-Small matrices stay in the cache and gain nothing.
+Which layout that is depends on the CPU, and on the number of rows to multiply. pack measures it, for one row
+and for several. Small matrices stay in the CPU's cache and gain nothing.
 """
 import statistics
 import time
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 
 from model import LoRALinear, borrow
 
-LARGE, SEVERAL = 1 << 18, 8         # weights, from 512 x 512; rows that stand for several
+LARGE = 1 << 18                     # weights of a matrix that is packed, such as 512 x 512
+SEVERAL = 8                         # rows for which the layout for several rows is measured
 LAYOUTS = {"rows": lambda W: W,                                          # W (out, in) as nn.Linear has it
            "columns": lambda W: W.t().contiguous().t(),
            "packed": lambda W: torch.ops.mkldnn._reorder_linear_weight(W, None)}     # for oneDNN
 
 
 def product(x, W, bias):
-    """W x + bias, for W in any of the layouts."""
+    """Return W x + bias, for W in any of the layouts."""
     if W.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
     return F.linear(x, W, bias)
@@ -40,8 +41,9 @@ class PackedLinear(nn.Module):
 
 
 def fastest(matrices, n_rows, repeats=3):
-    """The layout in which n_rows rows times the matrices take the least time, by the median of repeats."""
-    ready, seconds = {name: [make(W) for W in matrices] for name, make in LAYOUTS.items()}, defaultdict(list)
+    """Return the layout in which n_rows rows times the matrices take the least time (median of repeats)."""
+    ready = {name: [make(W) for W in matrices] for name, make in LAYOUTS.items()}
+    seconds = defaultdict(list)
     for _ in range(1 + repeats):
         for name, weights in ready.items():
             start = time.perf_counter()
@@ -53,9 +55,9 @@ def fastest(matrices, n_rows, repeats=3):
 
 @torch.no_grad()
 def pack(model):
-    """Repack an L2D pair in place, to decode and no more: it can then not be trained, saved, moved, compiled.
+    """Repack an L2D pair in place, and return it. It can then only decode: not train, save, move or compile.
 
-    Nothing happens off the CPU, in other dtypes, without oneDNN, or to weights that a LoRA is added to.
+    Nothing changes on a GPU, in another dtype than float32, without oneDNN, and where a LoRA is added.
     """
     head = model.trunk.wte.weight.detach()
     if head.device.type != "cpu" or head.dtype != torch.float32 or not torch.backends.mkldnn.is_available():

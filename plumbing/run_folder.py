@@ -116,8 +116,11 @@ def checkpoint_to_resume(last, previous, ranks):
 
 def data_changes(checkpoint, manifest, of=""):
     """Return what differs between this manifest and that of the data in the checkpoint, as texts."""
-    before = checkpoint["data"]
-    return [f"{k}{of} was {before.get(k)!r}, now {v!r}" for k, v in manifest.items() if before.get(k) != v]
+    def flat(manifest):
+        return manifest | {"tokenizer": manifest["tokenizer"]["fingerprint"]}           # not all its pieces
+    before = flat(checkpoint["data"])
+    return [f"{k}{of} was {before.get(k)!r}, now {v!r}"
+            for k, v in flat(manifest).items() if before.get(k) != v]
 
 
 def check_same_run(checkpoint, config, manifest, ranks):
@@ -127,8 +130,8 @@ def check_same_run(checkpoint, config, manifest, ranks):
     before = checkpoint["config"]
     now = asdict(config)
     if config.max_iters > before["max_iters"]:
-        ranks.say(f"max_iters was {before['max_iters']}, now {config.max_iters}: the learning rate goes on as "
-                  "in a run of that length, higher than at the end of the shorter one")
+        ranks.say(f"max_iters was {before['max_iters']}, now {config.max_iters}: the learning rate goes on "
+                  "as in a run of that length, higher than at the end of the shorter one")
         may_differ.add("max_iters")
     differ = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in before.items()
               if k not in may_differ and now.get(k) != v]

@@ -16,17 +16,17 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from helpers import Process, argv, same_tensors, timeless
+from helpers import FROM_SCRATCH, Process, argv, same_tensors, timeless
 
-from checkpoint import load_checkpoint
-from files import read_records
+from plumbing.checkpoint import load_checkpoint
+from plumbing.files import read_records
 
 
 def run(folder, name, words, kill_after=None):
     """Train; SIGKILL kill_after seconds after its first step, or let it end. Returns whether it was killed, and
     the seconds since its first step."""
     process = Process(folder / f"{name}.log", "train", words)
-    while process.process.is_alive() and "\nstep" not in process.out():
+    while process.process.is_alive() and "\niter" not in process.out():
         time.sleep(0.002)
     start = time.monotonic()
     if kill_after is not None:
@@ -37,9 +37,9 @@ def run(folder, name, words, kill_after=None):
     return status == -9, time.monotonic() - start
 
 
-def soak(kills, folder, data_dir, trunk, seed=0, steps=60, say=lambda text: None):
+def soak(kills, folder, data_dir, trunk, seed=0, max_iters=60, say=lambda text: None):
     """Returns {"kills": n, "steps": where they fell, "same": whether the two runs are equal}."""
-    shared = dict(data_dir=data_dir, trunk=trunk, steps=steps, eval_every=2, eval_examples=4, path_mode="lora")
+    shared = dict(data_dir=data_dir, trunk=trunk, max_iters=max_iters, eval_interval=2, eval_examples=4, path_mode="lora")
     _, seconds = run(folder, "straight", argv(out_dir=folder / "straight", **shared))
     rng, killed, resumed_at, words = random.Random(seed), 0, [], argv(out_dir=folder / "killed", **shared)
     while killed < kills:
@@ -50,12 +50,12 @@ def soak(kills, folder, data_dir, trunk, seed=0, steps=60, say=lambda text: None
             break
         killed += 1
         records = read_records(folder / "killed/metrics.jsonl")
-        resumed_at.append(max((r["step"] for r in records), default=0))
+        resumed_at.append(max((r.get("iter_num", 0) for r in records), default=0))
         say(f"kill {killed}: at step {resumed_at[-1]}, files {sorted(p.name for p in (folder / 'killed').iterdir())}")
     resume = ["--resume"] if (folder / "killed/last.pt").exists() or (folder / "killed/previous.pt").exists() else []
     run(folder, "killed", words + resume)
     a, b = (load_checkpoint(folder / name / "last.pt") for name in ("killed", "straight"))
-    same = all(same_tensors(a[k], b[k]) for k in ("model", "optimizer", "step", "best"))
+    same = all(same_tensors(a[k], b[k]) for k in ("model", "optimizer", "iter_num", "best_val_loss"))
     same = same and timeless(folder / "killed") == timeless(folder / "straight")
     return {"kills": killed, "steps": resumed_at, "same": same}
 
@@ -69,8 +69,8 @@ def main():
         folder = Path(name)
         import prepare_data
         prepare_data.main(["arithmetic", f"--out_dir={folder / 'data'}", "--train=300", "--mix=300"])
-        run(folder, "trunk", argv(data_dir=folder / "data", train_split="mix", val_split="mix_val", trunk="scratch",
-                                  out_dir=folder / "trunk", trunk_mode="full", path_mode="none", steps=10))
+        run(folder, "trunk", argv(data_dir=folder / "data", train_split="mix", val_split="mix_val", path_mode="none",
+                                  out_dir=folder / "trunk", max_iters=10, **FROM_SCRATCH))
         report = soak(options.kills, folder, folder / "data", folder / "trunk/last.pt", options.seed, 200,
                       lambda text: print(text, flush=True))
     print(f"{report['kills']} kills; the end {'equals' if report['same'] else 'DIFFERS FROM'} the uninterrupted run's")

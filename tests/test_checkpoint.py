@@ -1,4 +1,4 @@
-"""checkpoint.py: what is saved is whole, loads as it was, and a run that was stopped or killed is the same run."""
+"""plumbing/checkpoint.py and run_folder.py: what is saved is whole, loads as it was, and a run that was stopped or killed is the same run."""
 import hashlib
 import json
 import math
@@ -28,19 +28,26 @@ from helpers import (
 )
 from soak import soak
 from test_model import TINY, noisy, pair
-from test_train import MODES
 
-import checkpoint as c
-import machine
+import plumbing.checkpoint as c
+import plumbing.ranks as ranks_module
 import train
-from checkpoint import describe, load_checkpoint, pair_from
-from files import lock
-from machine import Ranks
+from configurator import UserError
+from plumbing.checkpoint import load_checkpoint, pair_from
+from plumbing.files import lock
+from plumbing.ranks import Ranks
+from plumbing.run_folder import describe
+from plumbing.trained import load
+
+# trunk_mode, path_mode
+MODES = [("frozen", "full"), ("frozen", "lora"), ("lora", "none"), ("lora", "full"), ("lora", "lora"), ("full", "none"),
+         ("full", "full"), ("full", "lora")]
 
 
 def describe_to(folder, model, lora=None):
     """A saved checkpoint of the model, its path."""
-    torch.save(describe(model, lora, folder), folder / "last.pt")
+    rest = dict.fromkeys(c.PARTS) | describe(model, lora, folder)
+    torch.save(rest, folder / "last.pt")
     return folder / "last.pt"
 
 
@@ -55,18 +62,18 @@ def test_a_loaded_pair_is_the_saved_one(tmp_path, mode, lora):
     assert (copy_.path.config if mode else None) == (model.path.config if mode else None)
     assert model.state_dict().keys() == copy_.state_dict().keys()
     assert not any(p.requires_grad for n, p in copy_.trunk.named_parameters() if "lora_" not in n)
-    at, (x_t, t, label) = everywhere(2, 9), noisy(18)
+    at, (x_t, t, group) = everywhere(2, 9), noisy(18)
     with torch.no_grad():
-        for one, other in zip(model.read(tokens(2, 9), at), copy_.read(tokens(2, 9), at)):
+        for one, other in zip(model.read_context(tokens(2, 9), at), copy_.read_context(tokens(2, 9), at)):
             torch.testing.assert_close(one, other, atol=0, rtol=0)
         if mode:
-            logits = [x(x_t, t, x.read(tokens(2, 9), at), label) for x in (model, copy_)]
+            logits = [x(x_t, t, x.read_context(tokens(2, 9), at), group) for x in (model, copy_)]
             assert torch.equal(*logits)
 
 
 def test_a_frozen_trunk_is_stored_once_and_checked_by_its_hash(options, trunk):
     """best.pt, last.pt and previous.pt hold the path alone; trunk.pt never changes, and another is refused."""
-    train.main(argv(**options, steps=6, eval_every=2))
+    train.main(argv(**options, max_iters=6, eval_interval=2))
     out = options["out_dir"]
     saved = {name: torch.load(out / f"{name}.pt", weights_only=True) for name in ("best", "last", "previous")}
     for one in saved.values():
@@ -141,7 +148,7 @@ def test_a_checkpoint_of_another_architecture_prints_every_difference(tmp_path):
 
 
 @pytest.mark.parametrize("change", [dict(path_config={"sigma": 0.0}), dict(path_config={"sigma": math.nan}),
-                                    dict(path_config={"x_dim": [3]}), dict(path_config={"t_dim": 7}), dict(n_labels="two"),
+                                    dict(path_config={"x_dim": [3]}), dict(path_config={"t_dim": 7}), dict(n_groups="two"),
                                     dict(trunk_config={"n_head": 0}), dict(trunk_lora=[1]), dict(trunk_lora=["a", "b"]),
                                     dict(model=[1, 2]), dict(trunk_config={"n_embd": "wide"})])
 def test_a_checkpoint_that_holds_what_it_cannot_is_one_line(tmp_path, change):
@@ -152,13 +159,13 @@ def test_a_checkpoint_that_holds_what_it_cannot_is_one_line(tmp_path, change):
 
 
 # --------------------------------------------------------------------------------- stop, kill and resume
-SHARED = dict(steps=24, eval_every=6, batch_size=32, unroll=2, path_mode="lora", eval_examples=16)  # 9 steps an epoch
+SHARED = dict(max_iters=24, eval_interval=6, batch_size=32, unroll=2, path_mode="lora", eval_examples=16)  # 9 steps an epoch
 
 
 def equals_uninterrupted(out, straight):
     """Bit for bit: weights, optimizer, best, and every number in the log."""
     a, b = (load_checkpoint(folder / "last.pt") for folder in (out, straight))
-    assert a["step"] == b["step"] and a["best"] == b["best"]
+    assert a["iter_num"] == b["iter_num"] and a["best_val_loss"] == b["best_val_loss"]
     assert same_tensors(a["model"], b["model"]) and same_tensors(a["optimizer"], b["optimizer"])
     assert timeless(out) == timeless(straight)
     assert same_tensors(*(load_checkpoint(folder / "best.pt")["model"] for folder in (out, straight)))
@@ -173,17 +180,17 @@ def test_a_run_that_was_stopped_and_killed_goes_on_as_if_nothing_had_happened(op
     words, at = argv(**shared), 0
     for number, status, after in ((signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 11), (signal.SIGKILL, -9, 16)):
         process = Process(tmp_path / "log", "train", words, before=slow)
-        process.until(lambda p: f"step {after}/24" in p.out()).signal(number)
+        process.until(lambda p: f"iter {after}/24" in p.out()).signal(number)
         assert process.wait() == status, process.err()
-        step = load_checkpoint(tmp_path / "out/last.pt")["step"]
+        step = load_checkpoint(tmp_path / "out/last.pt")["iter_num"]
         if number != signal.SIGKILL:
-            assert step >= after and process.out().endswith(f"stopped at step {step}; go on with --resume\n")
+            assert step >= after and process.out().endswith(f"stopped at iteration {step}; go on with --resume\n")
             assert process.err() == ""
             assert losses(tmp_path / "out") == losses(tmp_path / "straight")[:step]
         else:
             assert step == 12
             with open(tmp_path / "out/metrics.jsonl", "a") as file:
-                file.write('{"step": 17, "lo')                    # as a power cut would leave it
+                file.write('{"iter_num": 17, "lo')                    # as a power cut would leave it
         assert step > at
         at = step
         if "--resume" not in words:
@@ -197,38 +204,38 @@ def test_a_run_that_was_stopped_and_killed_goes_on_as_if_nothing_had_happened(op
 @pytest.mark.parametrize("trunk_mode, path_mode", MODES)
 def test_a_run_of_any_mode_goes_on_as_if_it_had_not_been_stopped(trunk_mode, path_mode, options, tmp_path, monkeypatch):
     """What trains goes on training: a LoRA on the trunk and an unfrozen trunk, too."""
-    shared = options | dict(steps=6, eval_every=4, eval_examples=16, trunk_mode=trunk_mode, path_mode=path_mode)
+    shared = options | dict(max_iters=6, eval_interval=4, eval_examples=16, trunk_mode=trunk_mode, path_mode=path_mode)
     train.main(argv(**shared | dict(out_dir=tmp_path / "straight")))
     with monkeypatch.context() as patch:
         report = train.report
 
         def stop_at_3(run, *args):
             report(run, *args)
-            if run.step == 3:
+            if run.iter_num == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
         patch.setattr(train, "report", stop_at_3)
         try:                                                      # pytest.raises would keep the frame, and its lock
             train.main(argv(**shared))
         except SystemExit as e:
             assert e.code == 143
-    assert load_checkpoint(options["out_dir"] / "last.pt")["step"] == 3
+    assert load_checkpoint(options["out_dir"] / "last.pt")["iter_num"] == 3
     train.main(argv(**shared, resume=True))
     equals_uninterrupted(options["out_dir"], tmp_path / "straight")
 
 
 def test_a_second_signal_ends_at_once_with_the_last_checkpoint_intact(options, tmp_path):
     def twice(process):
-        return "step 3/4000" in process.out()
-    process = Process(tmp_path / "log", "train", argv(**options | dict(steps=4000)), before=deaf)
+        return "iter 3/4000" in process.out()
+    process = Process(tmp_path / "log", "train", argv(**options | dict(max_iters=4000)), before=deaf)
     process.until(twice).signal(signal.SIGINT).until(lambda p: "heard" in p.out()).signal(signal.SIGINT)
     assert process.wait(20) == 130
-    assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 0
+    assert load_checkpoint(tmp_path / "out/last.pt")["iter_num"] == 0
 
 
 def deaf():
     """In the process: a step that takes for ever once a signal has come."""
     import time
-    note, report = machine.StopSignals.note, train.report
+    note, report = ranks_module.StopSignals.note, train.report
     heard = []
     def noted(self, number, frame):
         note(self, number, frame)
@@ -239,7 +246,7 @@ def deaf():
         while heard:
             time.sleep(0.01)
         time.sleep(0.02)
-    machine.StopSignals.note, train.report = noted, stuck
+    ranks_module.StopSignals.note, train.report = noted, stuck
 
 
 def kill_while_saving():
@@ -247,7 +254,7 @@ def kill_while_saving():
     save = torch.save
     def killed(checkpoint, file):
         save(checkpoint, file)
-        if isinstance(checkpoint, dict) and checkpoint.get("step") == 6 and "optimizer" in checkpoint:
+        if isinstance(checkpoint, dict) and checkpoint.get("iter_num") == 6 and "optimizer" in checkpoint:
             file.flush()
             os.truncate(file.name, os.path.getsize(file.name) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -259,19 +266,19 @@ def kill_between_renames():
     replace = os.replace
     def killed(a, b):
         replace(a, b)
-        if str(b).endswith("previous.pt") and torch.load(b, weights_only=True)["step"] == 6:
+        if str(b).endswith("previous.pt") and torch.load(b, weights_only=True)["iter_num"] == 6:
             os.kill(os.getpid(), signal.SIGKILL)
     os.replace = killed
 
 
 @pytest.mark.parametrize("fault, kept", [(kill_while_saving, 0), (kill_between_renames, 6)])
 def test_a_kill_while_saving_costs_no_checkpoint(fault, kept, options, tmp_path):
-    shared = options | SHARED | dict(steps=14)
+    shared = options | SHARED | dict(max_iters=14)
     train.main(argv(**shared | dict(out_dir=tmp_path / "straight")))
     status, _, _ = script(tmp_path, "train", *argv(**shared), before=fault)
     assert status == -9
     good = tmp_path / "out" / ("last.pt" if fault is kill_while_saving else "previous.pt")
-    assert load_checkpoint(good)["step"] == kept
+    assert load_checkpoint(good)["iter_num"] == kept
     says(error_of(train.main, argv(**shared)), "exists; go on with --resume")     # nothing is overwritten
     train.main(argv(**shared, resume=True))
     equals_uninterrupted(tmp_path / "out", tmp_path / "straight")
@@ -280,7 +287,7 @@ def test_a_kill_while_saving_costs_no_checkpoint(fault, kept, options, tmp_path)
 
 def test_a_soak_of_kills_at_random_moments_ends_as_an_uninterrupted_run(options, tmp_path):
     """The short version of tests/soak.py."""
-    report = soak(3, tmp_path, options["data_dir"], options["trunk"], steps=40)
+    report = soak(3, tmp_path, options["data_dir"], options["trunk"], max_iters=40)
     assert report["kills"] >= 2 and report["same"], report        # a loaded machine may let a run end first
 
 
@@ -288,7 +295,7 @@ def test_a_soak_of_kills_at_random_moments_ends_as_an_uninterrupted_run(options,
 @pytest.fixture
 def stopped(options):
     """Options of a run that ended at step 4, with a previous.pt of step 2."""
-    shared = options | dict(steps=4, eval_every=2)
+    shared = options | dict(max_iters=4, eval_interval=2)
     train.main(argv(**shared))
     return shared
 
@@ -306,9 +313,60 @@ def test_a_damaged_last_is_reported_and_the_one_before_used(stopped, damage, cap
     train.main(argv(**stopped, resume=True))
     says(capsys.readouterr().out, f"error: {'no checkpoint at ' if damage == 'removed' else ''}{last}",
          f"going on from {stopped['out_dir']}/previous.pt")
+    assert (last.parent / "last.pt.damaged").exists() == (damage != "removed")
     again = load_checkpoint(last)
-    assert again["step"] == 4 and same_tensors(again["model"], straight["model"])
-    assert [r["step"] for r in metrics(stopped["out_dir"]) if "loss" in r] == [1, 2, 3, 4]
+    assert again["iter_num"] == 4 and same_tensors(again["model"], straight["model"])
+    assert [r["iter_num"] for r in metrics(stopped["out_dir"]) if "loss" in r] == [1, 2, 3, 4]
+
+
+def kill_in_the_first_save():
+    """In the process: SIGKILL after the first renaming of a checkpoint."""
+    replace = os.replace
+    def killed(a, b):
+        replace(a, b)
+        if str(b).endswith(("previous.pt", "last.pt")):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = killed
+
+
+def test_the_good_previous_outlives_a_damaged_last(stopped, tmp_path):
+    """The first save of the resumed run must not rename the damaged file over the only one that can be read."""
+    last, previous = (stopped["out_dir"] / name for name in ("last.pt", "previous.pt"))
+    straight = load_checkpoint(last)
+    last.write_bytes(last.read_bytes()[:5000])
+    status, _, err = script(tmp_path, "train", *argv(**stopped), "--resume", before=kill_in_the_first_save)
+    assert status == -9, err
+    readable = []
+    for path in (last, previous):
+        try:
+            readable.append(load_checkpoint(path)["iter_num"])
+        except UserError:
+            pass
+    assert readable and readable[-1] == 2
+    train.main(argv(**stopped, resume=True))
+    assert same_tensors(load_checkpoint(last)["model"], straight["model"])
+
+
+def test_a_resumed_run_leaves_the_trunks_file_as_it_is(stopped, monkeypatch):
+    """Another version of torch may write other bytes for the same trunk: best.pt and previous.pt would lose it."""
+    before = (stopped["out_dir"] / "trunk.pt").read_bytes()
+    save = torch.save
+    def other_bytes(what, file, **kwargs):
+        return save(what | {"other": torch.ones(1)} if "wte.weight" in what else what, file, **kwargs)
+    monkeypatch.setattr(torch, "save", other_bytes)
+    train.main(argv(**stopped | dict(max_iters=6), resume=True))
+    assert (stopped["out_dir"] / "trunk.pt").read_bytes() == before
+    assert [load_checkpoint(stopped["out_dir"] / f"{name}.pt")["iter_num"] for name in ("last", "previous")] == [6, 4]
+
+
+def test_memory_that_runs_out_is_no_damage(stopped, monkeypatch):
+    """A good last.pt stays where it is."""
+    def no_memory(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    before = files(stopped["out_dir"])
+    monkeypatch.setattr(c.torch, "load", no_memory)
+    says(error_of(train.main, argv(**stopped, resume=True)), "out of memory")
+    assert files(stopped["out_dir"]).keys() == before.keys()
 
 
 def test_both_damaged_is_an_error(stopped):
@@ -323,7 +381,7 @@ def test_refusals_lose_nothing(stopped, l2d):
     says(error_of(train.main, argv(**stopped)), "last.pt exists; go on with --resume, or choose another --out_dir")
     message = error_of(train.main, argv(**stopped | dict(sigma=5, learning_rate=0.02), resume=True))
     says(message, "another configuration", "sigma was 4.0, now 5.0", "learning_rate was 0.01, now 0.02")
-    says(error_of(train.main, argv(**stopped | dict(steps=3), resume=True)), "steps was 4, now 3")
+    says(error_of(train.main, argv(**stopped | dict(max_iters=3), resume=True)), "max_iters was 4, now 3")
     says(error_of(train.main, argv(**stopped | dict(trunk="gpt2"), resume=True)), "trunk was ", "now 'gpt2'")
     after = files(stopped["out_dir"])
     assert {k: v for k, v in after.items() if k != "lock"} == {k: v for k, v in before.items() if k != "lock"}
@@ -335,27 +393,27 @@ def test_refusals_lose_nothing(stopped, l2d):
 def test_a_run_may_be_lengthened(stopped, capsys):
     """Says what that means for the schedule, and goes on."""
     capsys.readouterr()
-    train.main(argv(**stopped | dict(steps=6), resume=True))
-    says(capsys.readouterr().out, "steps was 4, now 6", "learning rate")
-    assert load_checkpoint(stopped["out_dir"] / "last.pt")["step"] == 6
-    assert [r["step"] for r in metrics(stopped["out_dir"]) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    train.main(argv(**stopped | dict(max_iters=6), resume=True))
+    says(capsys.readouterr().out, "max_iters was 4, now 6", "learning rate")
+    assert load_checkpoint(stopped["out_dir"] / "last.pt")["iter_num"] == 6
+    assert [r["iter_num"] for r in metrics(stopped["out_dir"]) if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_new_run_starts_its_metrics_afresh(options):
     """Where another left a log and no checkpoint."""
     options["out_dir"].mkdir()
-    (options["out_dir"] / "metrics.jsonl").write_text('{"step": 77, "loss": 1.0}\nhalf a li')
-    train.main(argv(**options, steps=3))
-    assert [r["step"] for r in metrics(options["out_dir"]) if "loss" in r] == [1, 2, 3]
+    (options["out_dir"] / "metrics.jsonl").write_text('{"iter_num": 77, "loss": 1.0}\nhalf a li')
+    train.main(argv(**options, max_iters=3))
+    assert [r["iter_num"] for r in metrics(options["out_dir"]) if "loss" in r] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", ["labels", "seed", "fingerprint"])
+@pytest.mark.parametrize("kind", ["groups", "seed", "fingerprint"])
 def test_resume_on_other_data_is_refused(stopped, tmp_path, kind):
     """A folder that may have moved, but was prepared anew otherwise."""
     shutil.copytree(stopped["data_dir"], tmp_path / "data")
     train.main(argv(**stopped | dict(data_dir=tmp_path / "data"), resume=True))   # moved: fine
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
-    other = {"labels": dict(label_names=[*"abcd"]), "seed": dict(seed=7), "fingerprint": dict(fingerprint="0" * 16)}
+    other = {"groups": dict(group_names=[*"abcd"]), "seed": dict(seed=7), "fingerprint": dict(tokenizer={"name": "arithmetic", "fingerprint": "0" * 16})}
     (tmp_path / "data/manifest.json").write_text(json.dumps(manifest | other[kind]))
     message = error_of(train.main, argv(**stopped | dict(data_dir=tmp_path / "data"), resume=True))
     assert "of the data was" in message or "damaged" in message or "inconsistent" in message
@@ -367,7 +425,7 @@ def test_best_in_the_place_of_last_has_no_optimizer(stopped):
 
 
 def test_resume_keeps_the_loss_scale_of_float16(options):
-    shared = options | dict(dtype="float16", steps=4, eval_every=2, warmup=0)
+    shared = options | dict(dtype="float16", max_iters=4, eval_interval=2, warmup_iters=0)
     train.main(argv(**shared))
     scaler = load_checkpoint(options["out_dir"] / "last.pt")["scaler"]
     run = train.set_up(train.configure(train.Config, argv(**shared, resume=True)), Ranks(torch.device("cpu")))
@@ -377,10 +435,10 @@ def test_resume_keeps_the_loss_scale_of_float16(options):
 # ---------------------------------------------------------------------------------------- writers and disks
 def test_a_second_writer_is_told_the_first_ones_process(options, tmp_path):
     """Also one that would resume; when the first is gone, killed or not, the folder is free."""
-    process = Process(tmp_path / "log", "train", argv(**options | dict(steps=4000)), before=slow)
-    process.until(lambda p: "step 2/" in p.out())
+    process = Process(tmp_path / "log", "train", argv(**options | dict(max_iters=4000)), before=slow)
+    process.until(lambda p: "iter 2/" in p.out())
     for more in ([], ["--resume"]):
-        status, out, err = script(tmp_path, "train", *argv(**options | dict(steps=4000)), *more)
+        status, out, err = script(tmp_path, "train", *argv(**options | dict(max_iters=4000)), *more)
         assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
         says(err, f"in use by process {process.pid}", str(options["out_dir"]))
     process.signal(signal.SIGKILL).wait()
@@ -399,7 +457,7 @@ def disk_full():
 def log_full():
     """In the process: the log cannot grow, and nothing else is written."""
     report = train.report
-    machine.Ranks.say = lambda self, text: None
+    ranks_module.Ranks.say = lambda self, text: None
     def full(*args):
         report(*args)
         size = os.path.getsize(args[0].log.path)
@@ -409,16 +467,16 @@ def log_full():
 
 @pytest.mark.parametrize("fault, named", [(disk_full, "best.pt"), (log_full, "metrics.jsonl")])
 def test_a_full_disk_is_a_line_that_names_the_file_and_spoils_nothing(fault, named, options, tmp_path):
-    shared = options | dict(steps=4, eval_every=2, trunk_mode="full")
+    shared = options | dict(max_iters=4, eval_interval=2, trunk_mode="full")
     status, out, err = script(tmp_path, "train", *argv(**shared), before=fault)
     assert status == 1 and err.count("\n") == 1 and err.startswith("error: "), err
     says(err, "cannot write", str(options["out_dir"] / named))
-    assert ("last.pt holds step 0" in err) == (fault is disk_full)
-    assert load_checkpoint(options["out_dir"] / "last.pt")["step"] == 0
+    assert ("last.pt holds iteration 0" in err) == (fault is disk_full)
+    assert load_checkpoint(options["out_dir"] / "last.pt")["iter_num"] == 0
     assert not [p for p in options["out_dir"].iterdir() if p.name.endswith((".tmp", ".new"))]
     train.main(argv(**shared, resume=True))                       # when there is space again
-    assert load_checkpoint(options["out_dir"] / "last.pt")["step"] == 4
-    assert [r["step"] for r in metrics(options["out_dir"]) if "loss" in r] == [1, 2, 3, 4]
+    assert load_checkpoint(options["out_dir"] / "last.pt")["iter_num"] == 4
+    assert [r["iter_num"] for r in metrics(options["out_dir"]) if "loss" in r] == [1, 2, 3, 4]
 
 
 def test_an_out_dir_that_cannot_be_made_is_one_line(options, tmp_path):
@@ -432,7 +490,7 @@ def test_an_out_dir_that_cannot_be_made_is_one_line(options, tmp_path):
     assert (tmp_path / "file").read_text() == "here"
 
 
-@pytest.mark.parametrize("wrong", [dict(data_dir="nowhere"), dict(train_split="trian"), dict(batch_size=10, grad_accum=4)])
+@pytest.mark.parametrize("wrong", [dict(data_dir="nowhere"), dict(train_split="trian"), dict(batch_size=10, gradient_accumulation_steps=4)])
 def test_out_dir_is_untouched_where_the_run_cannot_begin(options, wrong):
     error_of(train.main, argv(**options | wrong))
     assert not Path(options["out_dir"]).exists()
@@ -452,12 +510,12 @@ def test_weights_that_are_not_finite_are_refused(options):
     checkpoint = torch.load(best, weights_only=True)
     checkpoint["model"]["path.W.weight"][0, 0] = torch.nan
     torch.save(checkpoint, best)
-    says(error_of(c.load, str(options["out_dir"])), "best.pt", "not finite", "path.W.weight")
+    says(error_of(load, str(options["out_dir"])), "best.pt", "not finite", "path.W.weight")
 
 
 def test_a_resumed_run_that_lost_its_best_writes_it_again(options):
-    train.main(argv(**options | dict(steps=6)))
-    for steps in (8, 8):                                          # goes on, and has nothing left to do
+    train.main(argv(**options | dict(max_iters=6)))
+    for max_iters in (8, 8):                                          # goes on, and has nothing left to do
         (options["out_dir"] / "best.pt").unlink()
-        train.main(argv(**options | dict(steps=steps, resume=True)))
+        train.main(argv(**options | dict(max_iters=max_iters, resume=True)))
         assert (options["out_dir"] / "best.pt").exists()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import example, given, settings
@@ -118,6 +118,25 @@ def test_command_line(arg, name, value):
 ])
 def test_command_line_errors(arg, line):
     assert cli_error(arg) == "error: " + line
+
+
+def test_a_hint_says_what_to_do_instead_of_an_option_that_is_elsewhere(config):
+    """It is no field, and it is inherited."""
+    @dataclass(frozen=True)
+    class Base:
+        seed: int = 0
+        hints: ClassVar = {"sigma": "sigma was fixed in training"}
+
+    @dataclass(frozen=True)
+    class Hinted(Base):
+        steps: int = 1
+
+    line = "error: unknown option --sigma: sigma was fixed in training"
+    assert message(configure, Hinted, ["--sigma=8"]) == line == message(configure, Hinted, ["--sigma"])
+    Path("y.py").write_text("sigma = 8\n")
+    assert message(configure, Hinted, ["y.py"]) == "error: y.py:1: unknown option sigma: sigma was fixed in training"
+    assert message(configure, Hinted, ["--hints=1"]) == "error: unknown option --hints (--help lists all)"
+    assert configure(Hinted, ["--seed=3"]) == Hinted(seed=3)
 
 
 def test_space_instead_of_equals():
