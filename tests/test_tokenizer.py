@@ -8,7 +8,7 @@ from helpers import error_of, says
 from plumbing.tokenizer import ENDOFTEXT, describe_tokenizer, encode_text, load_tokenizer
 
 BYTES = {bytes([i]): i for i in range(256)}
-TINY = tiktoken.Encoding("tiny", pat_str=r"[a-z]+|.", mergeable_ranks=BYTES | {b"ab": 256, "\u00e4".encode(): 257},
+TINY = tiktoken.Encoding("tiny", pat_str=r"[a-z]+|(?s:.)", mergeable_ranks=BYTES | {b"ab": 256, "\u00e4".encode(): 257},
                          special_tokens={ENDOFTEXT: 258})
 
 
