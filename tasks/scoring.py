@@ -1,17 +1,20 @@
 r"""
-What an answer is: read from a text, strictly (as a benchmark's authors read it) and flexibly.
+What an answer is: read from a text strictly, as a benchmark's authors read it, and flexibly.
 
-A reader takes (problem, text) and returns the two answers, hashable and comparable with ==, None where there
-is none. The same reader reads a model's output and the true answer.
+A reader takes (problem, text) and returns both answers, hashable and comparable with ==, each None where
+there is none. The same reader reads a model's output and the true answer, in a time linear in the text's
+length.
 """
 import re
 import unicodedata
 from collections import Counter
 from fractions import Fraction
 
+from tasks.formulas import boxed, normalise
+
 
 def number(text):
-    """The number that text spells, such as -1,234.50, or None."""
+    """The number that a text spells, such as -1,234.50. None if there is none, or thousands of digits."""
     try:
         return Fraction(text.replace(",", "").replace("\u2212", "-").rstrip("."))
     except (ValueError, ZeroDivisionError):
@@ -25,17 +28,18 @@ def strict_answer(text):
 
 
 def flexible_answer(text):
-    """The number after the first ####, allowing $, spaces, U+2212, a fraction; else the last number."""
+    """The number after the first ####, even with $, blanks, U+2212 or a fraction; else the last number."""
     pattern = r"[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:/\d+)?"
-    after = re.search(r"####[\s$]*([-\u2212]?)[\s$]*(" + pattern + ")", text)
+    after = re.search(r"####[\s$]*+((?:[-\u2212][\s$]*+)?)(" + pattern + ")", text)
     if after:
-        return number(after[1] + after[2])
+        return number(after[1][:1] + after[2])
     numbers = re.findall(pattern, text)
     return number(numbers[-1]) if numbers else None
 
 
 def read_number(problem, text):
-    strict, flexible = strict_answer(text), flexible_answer(text)
+    strict = strict_answer(text)
+    flexible = flexible_answer(text)
     return strict, strict if flexible is None else flexible
 
 
@@ -44,68 +48,53 @@ def read_text(problem, text):
     if "####" in problem.answer:
         return read_number(problem, text)
     words = " ".join(unicodedata.normalize("NFC", text).casefold().split()).strip(" ,;:\"'")
-    words = re.sub(r"(?<=[^\W\d])[!?.,;:\"' ]+$", "", words).rstrip(" .")     # 5! is not 5, nor is .5
-    return (words if re.search(r"\w", words) else None,) * 2
+    words = re.sub(r"(?<=[^\W\d])[!?.,;:\"' ]+$", "", words).rstrip(" .")     # but 5! is not 5, nor is .5
+    answer = words if re.search(r"\w", words) else None
+    return answer, answer
+
+
+# A letter that is an answer ends there. A and I are words, too: "A body at rest", "I think", "I, for one".
+STANDS = r"(?<![\w'\u2019/-])"
+ENDS = r"(?![\w'\u2019/-]|\.\w)(?!(?<=[AI])[^\S\n]+\w)(?!(?<=I),)"
+OR_ENDS = ENDS.replace(r"\w)(?!(?<=I)", r"(?!or\b|and\b)\w)(?!(?<=I)")         # also the A of "A or B"
+SAYS = r"(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice)"
 
 
 def read_letter(problem, text):
-    """The letter with which the text begins; flexibly, the first that stands alone."""
-    letters = "[" + "".join(choice.strip() for choice in problem.choices) + "]"
-    strict = re.match(rf"\s*({letters})(?![\w'])", text)
-    flexible = strict or re.search(rf"answer is:?\s*\(?({letters})\b", text) or \
-        re.search(rf"(?<![\w'])({letters})(?![\w'])", text)
-    return strict and strict[1], flexible and flexible[1]
+    """
+    The letter of a choice: strictly, the one with which the text begins.
+
+    Flexibly, what comes first of these: the strict one; the letter with which the text begins, in brackets or
+    bold; the last letter behind "answer is", "answer:" or the like; the letter that stands alone, if there is
+    only one.
+    """
+    letter = "([" + "".join(choice.strip() for choice in problem.choices) + "])"
+    strict = re.match(rf"\s*+{letter}{ENDS}", text)
+    if strict:
+        return strict[1], strict[1]
+    marked = re.match(rf"\s*+[(*\[_]++{letter}[)*\]_]", text)
+    announced = re.findall(rf"\b{SAYS}(?: is|:|\*)*+\s*+(?:{SAYS}\s*+)?[(*\[_]*+{letter}{ENDS}", text)
+    alone = set(re.findall(STANDS + letter + OR_ENDS, text))
+    found = marked[1] if marked else announced[-1] if announced else alone.pop() if len(alone) == 1 else None
+    return None, found
 
 
 def read_boxed(problem, text):
-    r"""The formula in the last \boxed{}; else, flexibly, the last between dollars or the last number."""
+    r"""The formula in the last \boxed; without one, flexibly, the last between dollars or the last number."""
     box = boxed(text)
-    loose = re.findall(r"\$([^$]+)\$|(-?\d[\d,]*(?:\.\d+)?)", text) if box is None else None
-    strict = normalise(box) if box is not None else None
-    return strict or None, strict or (normalise("".join(loose[-1])) if loose else None) or None
-
-
-def boxed(text):
-    r"""What stands in the last \boxed{...} of a text, its braces counted; None without one that is closed."""
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start < 0:
-        return None
-    start, depth = text.index("{", start) + 1, 1
-    for i in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start:i]
-    return None
-
-
-UNITS = r"(square |cubic )?(units?|degrees?|percent|cents?|dollars?|inch(es)?|feet|foot|miles?|[ckm]m|" \
-        r"((centi|kilo|milli)?met(er|re)|second|minute|hour|day|year)s?)"
-SPELLINGS = [                        # (pattern, replacement), applied one after the other
-    (r"(?<!\\)\\[!,;: ]|~|\\(left|right|displaystyle)(?![a-zA-Z])|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°", " "),
-    (r"\{,\}", ","), (r"\\[dtc]frac", r"\\frac"), (r"\\(mbox|text[a-z]*|math(rm|bf))\s*\{", r"\\text{"),
-    (r"(?<=[^\s]) *\\text\{[^{}]*\}(\^\{?\d\}?)?[ .]*$", ""),           # a unit, such as \text{ cm}^2
-    (rf"(?<=\d) *({UNITS})[ .]*$", ""),                                  # a unit without \text
-    (r"\\text\{([^{}]*)\}", r"\1"), (r"(?<=,) +(?=\d{3})", ""), (r"\s+", ""), (r"\.$", ""),
-    (r"^[a-zA-Z](=|\\in(?![a-z]))", ""), (r"^\(([A-Z])\)$", r"\1"),     # x=5; the letter of a choice
-    (r"\\(frac|sqrt)(\w)", r"\\\1{\2}"), (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})(\w)", r"\1{\2}"),
-    (r"(\d+)/(\d+)", r"\\frac{\1}{\2}"), (r"\\frac\{-(\w+)\}", r"-\\frac{\1}"), (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"^(-?\d{1,3}(?:,\d{3})+(?:\.\d+)?)$", lambda m: m[1].replace(",", "")),
-    (r"(?<![\d.])\.(?=\d)", "0."), (r"(?<![\d.])0+(?=\d)", ""),       # 007, .5
-    (r"(\.\d*?)0+(?!\d)", r"\1"), (r"\.(?!\d)", ""),                  # 18.90, 3.00
-    (r"^(-?)(\d+\.\d+)$", lambda m: m[1] + "\\frac{%d}{%d}" % Fraction(m[2]).as_integer_ratio()),
-]
-
-
-def normalise(formula):
-    r"""One spelling of a formula for its many: 1/2, .5, 0.50, \frac12, \frac{1}{2}\text{ cm}, ..."""
-    for pattern, replacement in SPELLINGS:
-        formula = re.sub(pattern, replacement, formula)
-    return formula
+    if box is not None:
+        answer = normalise(box) or None
+        return answer, answer
+    loose = re.findall(r"\$([^$]+)\$|(-?\d[\d,]*(?:\.\d+)?)", text)
+    return None, loose and normalise("".join(loose[-1])) or None
 
 
 def read_code(program):
-    """A reader of code: what is compared is whether program(problem, text) passes the problem's test."""
-    return lambda problem, text: (program(problem, text) + "\n" + problem.test,) * 2
+    """Make a reader of code. It compares whether program(problem, text) passes the problem's test."""
+    def read(problem, text):
+        code = f"{program(problem, text)}\n{problem.test}"
+        return code, code
+    return read
 
 
 def cut(text, stops):
