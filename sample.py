@@ -51,7 +51,8 @@ def main(argv=None):
     wishes = checkpoint["sampler"]                                # of a path trained with --unroll
     config = configure(Config, argv, __doc__, defaults=wishes)
     if wishes and config.steps > 1:
-        print("--- the checkpoint asks for " + ", ".join(f"--{name}={value}" for name, value in wishes.items()))
+        options = " ".join(f"--{name}={value}" for name, value in wishes.items())
+        print(f"--- trained with --unroll, so by default it is sampled with {options}")
     group = find_group(config, model, checkpoint)
     prompt = encode_question(encoding, checkpoint["data"]["prompt"], config.prompt)
     n_positions = model.trunk.config.block_size
@@ -64,7 +65,8 @@ def main(argv=None):
     while len(outputs) < config.num_samples:
         n = min(MOST_ROWS, config.num_samples - len(outputs))
         ids = range(len(outputs), len(outputs) + n)
-        for output in generate(model, [prompt] * n, encoding.eot_token, config, [group] * n, ids, config.trace):
+        prompts = [prompt] * n
+        for output in generate(model, prompts, encoding.eot_token, config, [group] * n, ids, config.trace):
             outputs.append(output)
             print(f"--- sample {len(outputs)} of {config.num_samples}")
             end = "" if output.ended else "  [cut: no end of text]"

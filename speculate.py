@@ -2,12 +2,12 @@
 The same texts sooner, by two kinds of speculation. The paper has neither (deviation 14).
 
 Decoding is slow because each call of a network reads all of its weights to serve one position. A call that
-serves several positions takes hardly longer. So we guess what will be needed, compute it all in one call, check
-the guesses, and throw away what was guessed wrongly.
+serves several positions takes hardly longer. So we assume what will be needed, compute it all in one call,
+check the assumptions, and throw away what was assumed wrongly.
 
 **Ahead in time: all evaluations of a token at once.** Algorithm 1 needs x_t before it can evaluate, and x_t
-needs the guess of the evaluation before. But the guess is a token, and it seldom changes from one evaluation to
-the next. As long as it stays, x_t at every later time follows without any path call.
+needs the guess of the evaluation before. But the guess is a token, and it seldom changes from one evaluation
+to the next. As long as it stays, x_t at every later time follows without any path call.
     assume   that the guess stays as it is, and compute x_t at the next W times, the *window*;
     call     the path once, with all W of them as queries (queries do not see each other);
     check    the guesses that come back. Up to and including the first that differs from the assumption, each
@@ -17,18 +17,16 @@ A token whose guess never changes takes one call instead of T - 1.
 **Ahead in the text: drafts.** One round goes so:
     draft    The trunk writes K tokens by plain decoding (T = 1), one after the other.
     refine   Algorithm 1 runs at these K positions together. Each path call serves all of them.
-    accept   We compare refined and drafted tokens from left to right. Those that agree are kept, and so is the
-             first that differs, in its refined form. What lies behind it is thrown away.
-The draft model of this speculative decoding (Leviathan et al. 2023) is the trunk itself, whose passes over the
-kept tokens are needed anyway.
+    accept   We compare refined and drafted tokens from left to right. Those that agree are kept, and so is
+             the first that differs, in its refined form. What lies behind it is thrown away.
+The draft model of this speculative decoding (Leviathan et al. 2023) is the trunk itself, whose passes over
+the kept tokens are needed anyway.
 
 Why the text does not change. A path call at position k reads x_t of k and the trunk's keys and values at
 positions up to k. The noise is fixed by the seed, the text and the position. So an evaluation depends only on
 the tokens before it and on the guesses before it. Every one that is kept had the right ones.
 """
-import time
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -37,6 +35,7 @@ from adaptive import denoiser_class
 from decode import fit_to_trunk, read_prompts
 from diffusion import Tables, algorithm_1, choose
 from model import Context
+from plumbing.costs import choose_sizes, measure_costs
 
 HEAD_ROWS = 256                     # hidden states that the head turns into logits at once, for memory
 
@@ -69,8 +68,10 @@ def generate_speculatively(model, prompts, eot, config, group=None, ids=None, tr
     tables = Tables(model) if tables is None else tables
     rows = read_prompts(model, prompts, config, group, ids or range(len(prompts)))
     out = rows.out                                                # of all; rows.out loses those that end
+    longest = max(1, min(config.draft, config.max_new_tokens))
+    widest = min(config.ahead, config.steps - 1) if can_look_ahead(config) else 1
     while rows.out:
-        K, W = choose_sizes(rows.out, config, measure_costs(model, rows))
+        K, W = choose_sizes(rows.out, config, longest, widest, measure_costs(model, rows))
         K = min(K, block_size - max(rows.positions))
         draft = write_draft(model, rows, K, eot, config)
         y, f = refine(model, rows, draft, tables, config, W, trace)
@@ -132,8 +133,8 @@ def write_draft(model, rows, K, eot, config):
 def refine(model, rows, draft, tables, config, W, trace):
     """Run Algorithm 1 at the N valid positions of a draft, with windows of W evaluations.
 
-    Returns the refined tokens (N,), and an object f with nfe (N,), computed (N,), changes (N,), the number of
-    times that the guess changed, and trace. Tokens behind one that differs from the draft may be wrong.
+    Returns the refined tokens (N,), and an object f with the trace and, for each position, nfe, computed and
+    changes. Tokens behind one that differs from the draft may be wrong.
     """
     at = draft.valid.nonzero(as_tuple=True)                       # (rows, columns), each (N,)
     kv, mask = rows.visible(draft.pos, max(rows.positions) + draft.y.size(1) - 1)
@@ -149,7 +150,7 @@ def refine(model, rows, draft, tables, config, W, trace):
     y = choose(f.predict(), u[:, 0], config.temperature, config.top_k)
     f.computed = f.nfe
     f.changes = torch.zeros_like(f.nfe)
-    f.n_calls = config.steps - 1
+    f.n_calls = int(f.nfe.max())                                  # every call serves the position with the most
     return y, f
 
 
@@ -186,8 +187,8 @@ class Replay:
 class LookAhead:
     """Algorithm 1 at N positions, with path calls that evaluate a window of times at once.
 
-    c, group, x_0, u, trunk_logits, trace: as for Denoiser. row: (N,) the row of each position. draft: (N,) the
-    drafted tokens.
+    c, group, x_0, u, trunk_logits, trace: as for Denoiser. row: (N,) the row of each position.
+    draft: (N,) the drafted tokens.
     """
     def __init__(self, model, config, tables, c, row, group, x_0, u, trunk_logits, draft, trace):
         self.model = model
@@ -329,7 +330,7 @@ class LookAhead:
         return logits.argmax(-1)
 
     def stop_settled(self):
-        """--stop, decided from the trajectory so far: a position ends at its first evaluation that settles."""
+        """--stop, decided from the trajectory: a position ends at its first evaluation that has settled."""
         self.newest = self.replay(self.guess, self.free)
         for e in range(1, len(self.times) - 1):
             t = self.times[e]
@@ -399,104 +400,3 @@ def accept(rows, draft, y, f, eot):
     last = torch.tensor(n_kept, device=y.device)[:, None] - 1
     rows.token = grid[1].gather(1, last)[:, 0]
     rows.h = None                                                 # the trunk has not read these tokens
-
-
-# ------------------------------------------------------------------------------------------ how far to look
-COSTS = WeakKeyDictionary()         # {model: {B: what measure_costs found}}
-
-
-def measure_costs(model, rows):
-    """What calls take here: (seconds of a trunk pass over B rows, [(queries, seconds) of path calls]).
-
-    Measured once for each model and (rounded) number of rows, when decoding starts.
-    """
-    B = len(rows.out)
-    known = COSTS.setdefault(model, {})
-    key = B.bit_length()
-    if key in known:
-        return known[key]
-    device = rows.token.device
-    pos = torch.tensor(rows.positions, device=device)[:, None]
-    kv, mask = rows.visible(pos, max(rows.positions))
-    token = rows.token[:, None]
-    if rows.h is None:
-        h, _ = model.trunk(token, pos, kv, mask)
-        rows.h = h[:, 0]
-
-    def trunk_pass():
-        model.trunk.head(model.trunk(token, pos, kv, mask)[0][:, 0]).argmax(-1)
-
-    def path_call(Q):
-        index = torch.arange(B, device=device).repeat_interleave(Q)
-        S = torch.arange(kv[0][0].size(2), device=device)
-        c = Context(rows.h[index], rows.token[index], pos[index, 0], kv, None,
-                    (S <= pos[:, :, None].expand(B, Q, 1))[:, None])
-        x = rows.x_0[index, 0]
-        t = torch.full((len(index),), 0.5, device=device)
-        group = rows.group[index]
-        condition = model.path.condition(t[:1], group[:1])
-        return lambda: model.trunk.head(model.merge(x, t, c, group, condition)).argmax(-1)
-    path = []
-    for Q in (1, 4, 16, 64, 256, 1024):
-        path.append((B * Q, time_of(path_call(Q), device)))
-        if path[-1][1] > 4 * path[0][1]:                          # from here on it is proportional
-            break
-    known[key] = time_of(trunk_pass, device), path
-    return known[key]
-
-
-def time_of(f, device, repeats=3):
-    """Seconds of f(), the least of some repeats."""
-    seconds = []
-    for _ in range(1 + repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        f()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
-def interpolate(points, n):
-    """Seconds of a call over n queries, from measured points: lines between them, proportional behind."""
-    for (a, s_a), (b, s_b) in zip(points, points[1:]):
-        if n <= b:
-            return s_a + max(0.0, (n - a) / (b - a)) * (s_b - s_a)
-    last, seconds = points[-1]
-    return seconds * max(1.0, n / last)
-
-
-def choose_sizes(out, config, costs):
-    """The draft length K and the window W that should take the least time per token.
-
-    out: the Continuations of the B rows. costs: from measure_costs. A share a of the tokens was as drafted so
-    far, so a draft of K tokens yields (1 - a^K) / (1 - a) tokens on average. The guess changed at a share q of
-    the evaluations, so a window of W serves (1 - (1 - q)^W) / q of them. To begin with we assume that ten tokens
-    came before, of which one differed from its draft and two changed their guess.
-    """
-    trunk, path = costs
-    B = len(out)
-    n = 10 + sum(o.predicted for o in out)
-    differ = (1 + sum(len(o.rejected) for o in out)) / n          # 1 - a
-    E = max(1, (10 * (config.steps - 1) + sum(o.nfe for o in out)) / n)     # path calls of a token
-    q = min(1.0, (2 + sum(o.changes for o in out)) / n / E)
-    longest = max(1, min(config.draft, config.max_new_tokens))
-    widest = max(1, min(config.ahead, config.steps - 1)) if can_look_ahead(config) else 1
-
-    def time_per_token(K, W):
-        tokens = (1 - (1 - differ) ** K) / differ
-        calls = E / W                                             # of all positions
-        again = tokens * E * (q / (1 - (1 - q) ** W) - 1 / W)     # more calls, one for each change of guess
-        rows_again = min(1.0, again)                              # share of the rows that need one
-        n_again = again if B == 1 else max(again, 1 - (1 - rows_again) ** B)
-        seconds = K * trunk + calls * interpolate(path, B * K * W)
-        return (seconds + n_again * interpolate(path, max(1, B * rows_again) * W)) / tokens
-    sizes = [(K, W) for K in powers_of_two(longest) for W in powers_of_two(widest)]
-    return min(sizes, key=lambda size: time_per_token(*size))
-
-
-def powers_of_two(most):
-    """1, 2, 4, ..., and most."""
-    return [2 ** i for i in range(most.bit_length()) if 2 ** i < most] + [most]

@@ -190,10 +190,7 @@ def make_generator(device, *key):
 
 
 def draw_inputs(config, model, group, n, generator):
-    """Draw what a micro-batch of n targets needs: t (n,), x_0 (n, D), the groups (B,) that are kept, T or None.
-
-    Each target has its own t and x_0. A group is dropped for a whole example.
-    """
+    """Draw t (n,) and x_0 (n, D) for n targets, drop some groups (B,), and draw T, if unrolled."""
     t, x_0 = diffusion.draw(n, config, generator)
     group = diffusion.drop_groups(group, model.no_group, config.group_dropout, generator)
     steps = diffusion.draw_steps(config.unroll, generator) if config.unroll else None
@@ -294,8 +291,9 @@ def set_up(config, ranks):
     run.log = MetricsLog(config, ranks, run.iter_num)
     n_trunk = sum(p.numel() for p in model.trunk.parameters())
     n_trained = sum(p.numel() for p in trained_parameters(model))
-    ranks.say(f"{len(data.groups)} examples, {iters_per_epoch(data, config.batch_size)} iterations an epoch; trunk "
-              f"{n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {device_type}, {dtype}")
+    n_iters = iters_per_epoch(data, config.batch_size)
+    ranks.say(f"{len(data.groups)} examples, {n_iters} iterations per epoch; "
+              f"trunk {n_trunk:,} parameters, {n_trained:,} trained; {ranks.world} x {device_type}, {dtype}")
     return run
 
 

@@ -1,6 +1,5 @@
 """
-An optimizer step that survives what goes wrong in training: gradients that are not finite are skipped, counted,
-and after several in a row reported.
+An optimizer step that survives gradients which are not finite: it skips and counts them.
 """
 import math
 
@@ -33,7 +32,7 @@ class Stepper:
         bad = (~norm.isfinite()).float()
         self.bad_in_a_row = (self.bad_in_a_row + bad) * bad       # on the device: nobody waits for it here
         if not self.scaler.is_enabled():
-            self.optimizer.found_inf = bad                        # the fused AdamW skips the step where it is 1
+            self.optimizer.found_inf = bad                        # the fused AdamW skips the step if 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)

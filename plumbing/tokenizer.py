@@ -8,7 +8,6 @@ from pathlib import Path
 import tiktoken
 
 from configurator import UserError, require
-from plumbing.download import download
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDOFTEXT = "<|endoftext|>"
@@ -52,6 +51,8 @@ def load_tokenizer(description):
 
 
 def load_gpt2_tokenizer():
+    from plumbing.download import download  # here: other tokenizers are not fetched
+
     # tiktoken looks in this folder for sha1(url). With verified files there it fetches nothing itself.
     folder = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT / "data" / "tiktoken")))
     for file, (size, sha256) in GPT2_FILES.items():

@@ -2,10 +2,10 @@
 Load the trunk that --trunk names, and see that it fits the data.
 """
 from configurator import UserError
+from model import GPTConfig
 from plumbing.checkpoint import load_checkpoint, pair_from
-from plumbing.gpt2_weights import GPT2_SIZES, load_gpt2
 
-GPT2_TOKENS = GPT2_SIZES["gpt2"].vocab_size
+GPT2_TOKENS = GPTConfig().vocab_size
 
 
 def load_trunk(name, manifest):
@@ -23,6 +23,8 @@ def load_trunk(name, manifest):
         if checkpoint["trunk_lora"]:
             trunk.merge_lora()
         return trunk
+    from plumbing.gpt2_weights import load_gpt2  # here: no other trunk needs it
+
     trunk = load_gpt2(name)
     n, n_vocab = trunk.config.vocab_size, manifest["n_vocab"]
     if n == n_vocab:

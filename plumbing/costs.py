@@ -1,0 +1,109 @@
+"""
+How far decoding should look ahead (speculate.py), chosen by what calls cost on this machine.
+"""
+import time
+from weakref import WeakKeyDictionary
+
+import torch
+
+from model import Context
+
+COSTS = WeakKeyDictionary()         # {model: {B: what measure_costs found}}
+
+
+def measure_costs(model, rows):
+    """What calls take here: (seconds of a trunk pass over B rows, [(queries, seconds) of path calls]).
+
+    Measured once for each model and (rounded) number of rows, when decoding starts.
+    """
+    B = len(rows.out)
+    known = COSTS.setdefault(model, {})
+    key = B.bit_length()
+    if key in known:
+        return known[key]
+    device = rows.token.device
+    pos = torch.tensor(rows.positions, device=device)[:, None]
+    kv, mask = rows.visible(pos, max(rows.positions))
+    token = rows.token[:, None]
+    if rows.h is None:
+        h, _ = model.trunk(token, pos, kv, mask)
+        rows.h = h[:, 0]
+
+    def trunk_pass():
+        model.trunk.head(model.trunk(token, pos, kv, mask)[0][:, 0]).argmax(-1)
+
+    def path_call(Q):
+        index = torch.arange(B, device=device).repeat_interleave(Q)
+        S = torch.arange(kv[0][0].size(2), device=device)
+        c = Context(rows.h[index], rows.token[index], pos[index, 0], kv, None,
+                    (S <= pos[:, :, None].expand(B, Q, 1))[:, None])
+        x = rows.x_0[index, 0]
+        t = torch.full((len(index),), 0.5, device=device)
+        group = rows.group[index]
+        condition = model.path.condition(t[:1], group[:1])
+        return lambda: model.trunk.head(model.merge(x, t, c, group, condition)).argmax(-1)
+    path = []
+    for Q in (1, 4, 16, 64, 256, 1024):
+        path.append((B * Q, time_of(path_call(Q), device)))
+        if path[-1][1] > 4 * path[0][1]:                          # from here on it is proportional
+            break
+    known[key] = time_of(trunk_pass, device), path
+    return known[key]
+
+
+def time_of(f, device, repeats=3):
+    """Seconds of f(), the least of some repeats."""
+    seconds = []
+    for _ in range(1 + repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def interpolate(points, n):
+    """Seconds of a call over n queries, from measured points: lines between them, proportional behind."""
+    for (a, s_a), (b, s_b) in zip(points, points[1:]):
+        if n <= b:
+            return s_a + max(0.0, (n - a) / (b - a)) * (s_b - s_a)
+    last, seconds = points[-1]
+    return seconds * max(1.0, n / last)
+
+
+def choose_sizes(out, config, longest, widest, costs):
+    """The draft length K and the window W that should take the least time per token.
+
+    out: the Continuations of the B rows. longest, widest: the most that K and W may be. costs: from
+    measure_costs.
+
+    A share a of the tokens was as drafted so far, so a draft of K tokens yields (1 - a^K) / (1 - a) tokens on
+    average. The guess changed at a share q of the evaluations, so a window of W serves (1 - (1 - q)^W) / q of
+    them. To begin with we assume that ten tokens came before: one of them differed from its draft, and two
+    changed their guess.
+    """
+    trunk, path = costs
+    B = len(out)
+    n = 10 + sum(o.predicted for o in out)
+    differ = (1 + sum(len(o.rejected) for o in out)) / n          # 1 - a
+    E = max(1, (10 * (config.steps - 1) + sum(o.nfe for o in out)) / n)     # path calls of a token
+    q = min(1.0, (2 + sum(o.changes for o in out)) / n / E)
+
+    def time_per_token(K, W):
+        tokens = (1 - (1 - differ) ** K) / differ
+        calls = E / W                                             # of all positions
+        again = tokens * E * (q / (1 - (1 - q) ** W) - 1 / W)     # more calls, one for each change of guess
+        rows_again = min(1.0, again)                              # share of the rows that need one
+        n_again = again if B == 1 else max(again, 1 - (1 - rows_again) ** B)
+        seconds = K * trunk + calls * interpolate(path, B * K * W)
+        return (seconds + n_again * interpolate(path, max(1, B * rows_again) * W)) / tokens
+    sizes = [(K, W) for K in powers_of_two(longest) for W in powers_of_two(widest)]
+    return min(sizes, key=lambda size: time_per_token(*size))
+
+
+def powers_of_two(most):
+    """1, 2, 4, ..., and most."""
+    return [2 ** i for i in range(most.bit_length()) if 2 ** i < most] + [most]
