@@ -104,12 +104,12 @@ class Config(DecodingConfig):       # `--help` prints the comments of this class
                 f"steps={self.steps}, {k} answers each")
 
 
-def list_decodings(config, **changes):
+def list_decodings(config):
     """Return a DecodingConfig for each T in config.steps. UserError where there cannot be one."""
     words = [word.strip() for word in config.steps.split(",")]
     require(all(word.isdecimal() and len(word) < 10 for word in words),
             f"steps={config.steps!r}, but it must be numbers and commas, such as 1,2,4,8,16")
-    shared = {f.name: getattr(config, f.name) for f in fields(DecodingConfig)} | changes
+    shared = {f.name: getattr(config, f.name) for f in fields(DecodingConfig)}
     return [DecodingConfig(**shared | {"steps": steps}) for steps in dict.fromkeys(map(int, words))]
 
 
@@ -429,8 +429,7 @@ def print_change(exam, answers):
           f"{exam.problems[i].prompt}\n  steps={few}: {answers[few][i]['output']!r}\n"
           f"  steps={many}: {answers[many][i]['output']!r}\n"
           f"each token at steps={many}; a star marks one that the steps changed")
-    tokens = output.tokens + [eot] * output.ended
-    print(format_trace(output, tokens, exam.encoding, sys.stdout.isatty()))
+    print(format_trace(output, exam.encoding, sys.stdout.isatty()))
 
 
 # ------------------------------------------------------------------------------------------------ main
