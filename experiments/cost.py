@@ -1,20 +1,24 @@
 r"""
-What a step costs in texts: the time of a token against T, with drafts and without, drawn from bench.py.
+What steps cost: the time per token against T, with drafts and without, drawn from what bench wrote.
 
-    python bench.py --out_dir=out/demo_l2d --steps=2,4,8,16,32 --draft=0,16 --stop=0 --batch=1,8 \
+    python -m bench --out_dir=out/demo_l2d --steps=2,4,8,16,32 --draft=0,16 --stop=0 --batch=1,8 \
         --out=experiments/bench_steps.json
-    PYTHONPATH=. python experiments/cost.py     # experiments/cost.png
+    python experiments/cost.py                  # experiments/cost.png
 """
 import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # the project's folder
 
 from configurator import configure, run
-from exam.report import pyplot
+from plumbing.provenance import pyplot
 
 
 @dataclass(frozen=True)
-class Config:
-    bench: str = "experiments/bench_steps.json"     # what bench.py wrote
+class Config:                       # `--help` prints the comments of this class
+    bench: str = "experiments/bench_steps.json"     # what python -m bench wrote
     out: str = "experiments/cost.png"
 
 
@@ -29,13 +33,13 @@ def main(argv=None):
         for draft, style in zip(settings["draft"].split(","), ("o--", "o-")):
             name = f"drafts up to {draft}" if draft != "0" else "no drafts"
             cells = [measured["rows"][f"T={T}, {name}"]["x plain"] for T in steps]
-            middle = [cell["median"] for cell in cells]
-            bars = [[abs(cell[end] - m) for cell, m in zip(cells, middle)] for end in ("min", "max")]
-            axes.errorbar(steps, middle, bars, fmt=style, color=f"C{color}", capsize=2,
+            medians = [cell["median"] for cell in cells]
+            bars = [[abs(cell[end] - cell["median"]) for cell in cells] for end in ("min", "max")]
+            axes.errorbar(steps, medians, bars, fmt=style, color=f"C{color}", capsize=2,
                           label=f"batch {batch}, {name}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, steps)
-    axes.set(xlabel="steps T (evaluations per token)", ylabel="time per token / plain decoding's", ylim=0)
+    axes.set(xlabel="T (evaluations per token)", ylabel="time per token / plain decoding's", ylim=0)
     axes.legend(fontsize=8)
     figure.savefig(config.out, dpi=110)
 
