@@ -203,7 +203,8 @@ def list_dependencies(config, model, checkpoint, decoding, problems, groups):
     """Return all that a written text depends on, beside T and the problem's number, as a dict for JSON.
 
     Texts are kept under a hash of it. What a text does not depend on, such as --limit, must not be in it, or
-    the text would be written twice. problems, groups: those of the whole split.
+    the text would be written twice. exact_match is in it so that results without answers have a file of their
+    own. problems, groups: those of the whole split.
     """
     weight = model.trunk.wte.weight
     depends = asdict(decoding)
@@ -435,7 +436,7 @@ def print_change(exam, answers):
 # ------------------------------------------------------------------------------------------------ main
 def main(argv=None):
     config = configure(Config, argv, __doc__)
-    with ranks_of(pick_device(config.device), "lower batch_size") as ranks:
+    with ranks_of(pick_device(config.device), "lower batch_size, or use --dtype=bfloat16") as ranks:
         with ranks.main_first():                                         # it may download a tokenizer
             model, encoding, checkpoint = load(config.out_dir, config.checkpoint, config.device, config.dtype)
         config = configure(Config, argv, __doc__, defaults=checkpoint["sampler"])
