@@ -358,9 +358,8 @@ def draw(result):
 
 # ------------------------------------------------------------------------------------------- the trace
 @torch.no_grad()
-def trace(seed, n_links, steps):
-    """Print the guesses of one answer that takes n_links links, one for each evaluation."""
-    letters = "abcdefghijklmnopqrst"
+def make_denoiser(cls, seed, n_links, steps, **options):
+    """A denoiser, of the class cls, of one answer that takes n_links links; and the names of the chain."""
     model = make_model("l2d", seed)
     model.load_state_dict(torch.load(OUT / f"l2d_s{seed}.pt", weights_only=True))
     rng = random.Random(TEST_SEED + 1)
@@ -378,8 +377,16 @@ def trace(seed, n_links, steps):
     c = model.read_context(idx, (row, column))
     x_0 = diffusion.draw(1, PATH, torch.Generator().manual_seed(0))[1]
     config = SamplerConfig(steps=steps, **UNROLLED)
-    f = Denoiser(model, config, Tables(model), c, torch.zeros(1, dtype=torch.long), x_0, trace=True)
+    group = torch.zeros(1, dtype=torch.long)
+    return cls(model, config, Tables(model), c, group, x_0, **options), chain
+
+
+@torch.no_grad()
+def trace(seed, n_links, steps):
+    """Print the guesses of one answer that takes n_links links, one for each evaluation."""
+    f, chain = make_denoiser(Denoiser, seed, n_links, steps, trace=True)
     f.predict()
+    letters = "abcdefghijklmnopqrst"
     print("chain:   " + " -> ".join(letters[name] for name in chain))
     print("guesses: " + " ".join(letters[guess] if guess < N_NAMES else "?" for _, guess, _ in f.trace[0]))
 
