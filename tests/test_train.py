@@ -3,34 +3,43 @@ import hashlib
 import math
 import shutil
 from contextlib import nullcontext
+from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    FROM_SCRATCH,
     ROOT,
     argv,
     child,
     error_of,
     evaluations,
-    generator,
-    group,
     losses,
     metrics,
     same_tensors,
     says,
+    start_ranks,
 )
 
+import diffusion
 import prepare_data
-import progress
 import sample
 import train
-from batches import batch_of, batches_of_epoch
-from checkpoint import load_checkpoint, load_trunk, pair_from
 from configurator import UserError, configure
 from model import GPT, GPTConfig, LoRALinear
-from prepare_data import load_manifest, load_split
+from plumbing.checkpoint import load_checkpoint, pair_from
+from plumbing.dataset import (
+    batches_of_epoch,
+    count_targets,
+    iterate_batches,
+    load_batch,
+    load_manifest,
+    load_split,
+)
+from plumbing.trunks import load_trunk
 
 MODES = [("frozen", "full"), ("frozen", "lora"), ("lora", "none"), ("lora", "full"), ("lora", "lora"),
          ("full", "none"), ("full", "full"), ("full", "lora")]
@@ -41,11 +50,11 @@ def config(**options):
 
 
 class Enough(Exception):
-    """A run has taken the steps that a test looks at."""
+    """A run has made the iterations that a test looks at."""
 
 
 def run_of(n, options, before=None, each=None, **more):
-    """The Run of a fresh training after n steps. before(run) comes first, each(run, norm) after every step."""
+    """The Run of a fresh training after n iterations. before(run) comes first, each(run, norm) after each."""
     shutil.rmtree(options["out_dir"], ignore_errors=True)
     runs, set_up, report = [], train.set_up, train.report
 
@@ -59,7 +68,7 @@ def run_of(n, options, before=None, each=None, **more):
         report(run, config, ranks, loss_sum, norm, *rest)
         if each:
             each(run, norm)
-        if run.step == n:
+        if run.iter_num == n:
             raise Enough
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "set_up", captured)
@@ -73,7 +82,7 @@ def run_of(n, options, before=None, each=None, **more):
 # --------------------------------------------------------------------------------------------------- modes
 def test_a_trunk_from_scratch_learns(trunk):
     first, last = evaluations(trunk)
-    assert first["step"] == 0 and last["step"] == 60
+    assert first["iter_num"] == 0 and last["iter_num"] == 60
     assert abs(first["val_loss"] - math.log(665)) < 0.1           # untrained, it knows nothing of 665 tokens
     assert last["val_loss"] < first["val_loss"] - 1 and last["val_loss_by_t"] is None
     assert load_checkpoint(trunk / "last.pt")["path_config"] is None
@@ -144,36 +153,22 @@ def test_a_mode_trains_what_it_should_and_nothing_else(trunk_mode, path_mode, op
 
 def test_every_option_of_the_path_reaches_it_and_trains(options):
     own = dict(path_mode="lora", lora_rank=4, lora_alpha=8.0, x_dim=16, t_dim=32, sigma=4.0, input_scale="unit",
-               time_scale=1.0, gate_init=0.5, token_input=False, w_init=0.5)
+               time_scale=1.0, path_init="paper")
     train.main(argv(**options, **own))
     assert load_checkpoint(options["out_dir"] / "best.pt")["path_config"] == own
     first, last = evaluations(options["out_dir"])
     assert last["val_loss"] < first["val_loss"] - 0.1
 
 
-def test_training_through_the_sampler_learns(options):
-    train.main(argv(**options, unroll=3, steps=30))
+def test_training_through_algorithm_1_learns_and_says_how_to_sample(options, capsys):
+    train.main(argv(**options, unroll=3, max_iters=30))
     first, last = evaluations(options["out_dir"])
     assert last["val_loss"] < first["val_loss"] - 0.1
     assert last["val_loss_by_t"] is None                          # every last evaluation is at the same time
-
-
-def test_a_path_may_start_from_anothers(options, l2d):
-    """A later phase: the path of a checkpoint, on the same trunk; one that does not fit is refused."""
-    starts = []
-    def start(run):
-        starts.append(run.model.path.W.weight.detach().clone())
-    run = run_of(1, options, start, path_from=l2d / "last.pt")
-    assert torch.equal(starts[0], load_checkpoint(l2d / "last.pt")["model"]["path.W.weight"])
-    assert not torch.equal(run.model.path.W.weight, starts[0])
-    shutil.rmtree(options["out_dir"])
-    says(error_of(train.main, argv(**options, path_from=l2d / "last.pt", x_dim=8)), "last.pt", "x_dim=16, not 8")
-    checkpoint = torch.load(l2d / "last.pt")
-    other = options["out_dir"].parent / "other.pt"
-    for change, parts in ((dict(data=checkpoint["data"] | {"label_names": ["x", "y"]}), ["labels=['x', 'y']"]),
-                          (dict(path_config=None), ["a trunk without a path"])):
-        torch.save(checkpoint | change | {"trunk_sha256": None}, other)
-        says(error_of(train.main, argv(**options, path_from=other)), "other.pt", *parts)
+    assert load_checkpoint(options["out_dir"] / "best.pt")["sampler"] == diffusion.UNROLLED
+    capsys.readouterr()
+    sample.main([f"--out_dir={options['out_dir']}", "--steps=3", "--max_new_tokens=2"])
+    says(capsys.readouterr().out, *(f"--{name}={value}" for name, value in diffusion.UNROLLED.items()))
 
 
 def test_the_lora_of_a_trunk_is_merged_in(options, tmp_path, arithmetic):
@@ -196,7 +191,7 @@ def test_a_trunk_may_come_from_a_safetensors_file(options, tmp_path):
     turned = tuple(f"{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
     save_file({k: v.t().contiguous() if k.endswith(turned) else v for k, v in gpt.state_dict().items()},
               tmp_path / "model.safetensors")
-    train.main(argv(**options | dict(trunk=tmp_path, n_layer=1, n_head=1, n_embd=64), steps=3))
+    train.main(argv(**options | dict(trunk=tmp_path), max_iters=3))
     after = load_checkpoint(tmp_path / "out/last.pt")["model"]
     assert all(torch.equal(after["trunk." + k], v) for k, v in gpt.state_dict().items())
 
@@ -204,18 +199,18 @@ def test_a_trunk_may_come_from_a_safetensors_file(options, tmp_path):
 def test_one_batch_can_be_learned_by_heart_at_every_t(arithmetic):
     """Beside a frozen random trunk; the loss is near zero in each bin of t, near the end and at the start."""
     torch.manual_seed(0)
-    c = config(trunk="scratch", trunk_mode="full", n_head=4, n_embd=64, x_dim=64, sigma=64, data_dir=arithmetic)
+    c = config(**FROM_SCRATCH | dict(n_head=4, n_embd=64), x_dim=64, sigma=64, data_dir=arithmetic)
     model = train.make_model(c, load_manifest(arithmetic))
     with torch.no_grad():                                         # initial weights could say nothing clearly
         for name, p in model.trunk.named_parameters():
             p *= 20 if name.startswith("w") else 4 if p.dim() == 2 else 1
     data = load_split(arithmetic, "train")
-    idx, at, y, label = batch_of(data, [5, 6, 7, 8], "cpu")
+    idx, at, y, group = load_batch(data, [5, 6, 7, 8], "cpu")
     before, optimizer = digest(model.trunk.state_dict()), torch.optim.Adam(model.path.parameters(), 3e-3)
     loss_of = train.Loss(model)
     for step in range(121):
-        _, t, x_0, _ = train.draw_noise(c, model, label, len(y), train.generator_for("cpu", step))
-        loss = loss_of(idx, at, y, label, t, x_0)
+        t, x_0, _, _ = train.draw_inputs(c, model, group, len(y), train.make_generator("cpu", step))
+        loss = loss_of(idx, at, y, group, t, x_0)
         if step == 0:
             assert loss.mean() > 5
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, (121 - step) / 60)
@@ -275,73 +270,86 @@ def test_k_micro_batches_are_the_same_examples_as_one():
                                       np.sort(one.reshape(-1, 16)))
 
 
+def test_a_run_that_begins_later_sees_the_rest_of_the_same_batches(arithmetic):
+    """Across the ends of epochs; and each batch says how many targets it has."""
+    data = load_split(arithmetic, "train")
+    batches = list(islice(iterate_batches(data, 32, 2, 7, 0), 30))                # of nine an epoch
+    epoch = batches_of_epoch(np.diff(data.offsets), 32, 2, [7, 2])
+    assert np.array_equal(np.stack(batches[18:27]), epoch)
+    for start in (1, 8, 9, 20):
+        rest = list(islice(iterate_batches(data, 32, 2, 7, start), 30 - start))
+        assert np.array_equal(np.stack(rest), np.stack(batches[start:]))
+    for ids in batches[:3]:
+        assert count_targets(data, ids) == sum(len(load_batch(data, micro, "cpu")[2]) for micro in ids)
+
+
 def test_data_smaller_than_a_batch_is_repeated_to_fill_one(options, tmp_path):
     batches = batches_of_epoch(np.array([5, 9, 7, 8, 6]), 16, 2, 0)
     assert batches.shape == (1, 2, 8) and all((batches == i).sum() in (3, 4) for i in range(5))
     prepare_data.main(["arithmetic", f"--out_dir={tmp_path / 'five'}", "--train=5", "--mix=5"])
-    train.main(argv(**options | dict(data_dir=tmp_path / "five"), steps=3, warmup=0))
+    train.main(argv(**options | dict(data_dir=tmp_path / "five"), max_iters=3, warmup_iters=0))
     assert len(losses(options["out_dir"])) == 3
 
 
 # --------------------------------------------------------------------------------------------- random numbers
-def test_every_step_and_micro_batch_draws_numbers_of_its_own():
+def test_every_iteration_and_micro_batch_draws_numbers_of_its_own():
     draws = {}
-    for key in [(kind, seed, step, micro) for kind in (0, 1) for seed in (0, 1) for step in range(20)
+    for key in [(kind, seed, iter_num, micro) for kind in (0, 1) for seed in (0, 1) for iter_num in range(20)
                 for micro in range(8)]:
-        draws[key] = torch.rand(4, generator=train.generator_for("cpu", *key))
-        assert torch.equal(draws[key], torch.rand(4, generator=train.generator_for("cpu", *key)))
+        draws[key] = torch.rand(4, generator=train.make_generator("cpu", *key))
+        assert torch.equal(draws[key], torch.rand(4, generator=train.make_generator("cpu", *key)))
     assert len({tuple(d.tolist()) for d in draws.values()}) == len(draws)
 
 
 def test_noise_differs_at_every_position_of_every_micro_batch(options, monkeypatch):
-    """Over three steps: no x_0 and no t twice, one t in each bin; the same again with the same seed."""
-    drawn, draw = [], train.draw_noise
+    """Over three iterations: no x_0 and no t twice, one t in each bin; the same again with the same seed."""
+    drawn, draw = [], train.draw_inputs
     def kept(*args):
         drawn.append(draw(*args))
         return drawn[-1]
-    monkeypatch.setattr(train, "draw_noise", kept)
+    monkeypatch.setattr(train, "draw_inputs", kept)
 
-    def three_steps(seed):
+    def three_iterations(seed):
         drawn.clear()
-        run_of(3, options, grad_accum=4, seed=seed)
-        mine = list(drawn)
-        return [t.clone() for _, t, _, _ in mine], torch.cat([x_0 for _, _, x_0, _ in mine])
-    ts, x_0 = three_steps(0)
+        run_of(3, options, gradient_accumulation_steps=4, seed=seed)
+        mine = drawn[1:]                                          # the first is of the evaluation at the start
+        return [t for t, *_ in mine], torch.cat([x_0 for _, x_0, *_ in mine])
+    ts, x_0 = three_iterations(0)
     assert len(ts) == 12
     t = torch.cat(ts)
     assert len(t.unique()) > 0.999 * len(t) and len(x_0.unique(dim=0)) == len(x_0) == len(t)
     assert len(x_0.flatten().unique()) > 0.99 * x_0.numel()       # independent within a position too
     assert abs(x_0.std() / 4 - 1) < 0.02 and abs(x_0.mean()) < 0.1                # sigma = 4
-    again, x_0_again = three_steps(0)
-    other, x_0_other = three_steps(1)
+    again, x_0_again = three_iterations(0)
+    other, x_0_other = three_iterations(1)
     assert torch.equal(x_0, x_0_again) and same_tensors(ts, again)
     assert len(set(t.tolist()) & set(torch.cat(other).tolist())) < 0.01 * len(t)  # some meet by chance
 
 
-def test_labels_are_dropped_per_example_and_unrolling_draws_its_calls(options):
+def test_groups_are_dropped_and_unrolling_draws_its_path_calls(options):
     model = train.make_model(config(**options), load_manifest(options["data_dir"]))
-    label = torch.arange(4000) % 4
-    new, t, x_0, unroll = train.draw_noise(config(**options, label_dropout=0.2), model, label, 16000, generator(1))
-    dropped = new == 4
-    assert abs(dropped.float().mean() - 0.2) < 0.03 and torch.equal(new[~dropped], label[~dropped])
-    assert len(t) == len(x_0) == 16000 and unroll is None
-    c = config(**options, unroll=3, label_dropout=0)
-    drawn = [train.draw_noise(c, model, label, 50, train.generator_for("cpu", i)) for i in range(60)]
-    assert {T for _, _, _, T in drawn} == {2, 3, 4} and torch.equal(drawn[0][0], label)
-    assert all(t is None and len(x_0) == 50 for _, t, x_0, _ in drawn)
+    group = torch.arange(4000) % 4
+    def inputs(i, n, **more):
+        return train.draw_inputs(config(**options, **more), model, group, n, train.make_generator("cpu", i))
+    t, x_0, new, steps = inputs(0, 16000, group_dropout=0.2)
+    dropped = new == model.no_group
+    assert abs(dropped.float().mean() - 0.2) < 0.03 and torch.equal(new[~dropped], group[~dropped])
+    assert len(t) == len(x_0) == 16000 and steps is None
+    drawn = [inputs(i, 50, unroll=3, group_dropout=0) for i in range(60)]
+    assert {steps for *_, steps in drawn} == {2, 3, 4} and torch.equal(drawn[0][2], group)
 
 
 # ---------------------------------------------------------------------------------------- one batch, many ways
 def test_micro_batches_are_one_batch(options, tmp_path, monkeypatch):
     """The same examples in 1, 2 and 8 parts of unequal numbers of targets: no mean of means."""
-    batch, targets = train.batch_of, []
+    batch, targets = train.load_batch, []
 
     def remembered(*args):
         made = batch(*args)
         targets[:] = made[1:3]
         return made
 
-    def noise_of_the_example(config, model, label, n, generator):     # not of its batch
+    def inputs_of_the_example(config, model, group, n, generator):   # not of its batch
         (rows, _), y = targets
         t, x_0 = torch.empty(n), torch.empty(n, model.path.config.x_dim)
         for row in rows.unique():
@@ -349,13 +357,13 @@ def test_micro_batches_are_one_batch(options, tmp_path, monkeypatch):
             g = torch.Generator().manual_seed(int((mine * torch.arange(1, len(mine) + 1)).sum()))
             t[rows == row] = torch.rand(len(mine), generator=g)
             x_0[rows == row] = torch.randn(len(mine), x_0.size(1), generator=g) * model.path.config.sigma
-        return label, t, x_0, None
-    monkeypatch.setattr(train, "batch_of", remembered)
-    monkeypatch.setattr(train, "draw_noise", noise_of_the_example)
-    weights, records, shared = {}, {}, dict(trunk_mode="lora", steps=6, learning_rate=1e-3)
+        return t, x_0, group, None
+    monkeypatch.setattr(train, "load_batch", remembered)
+    monkeypatch.setattr(train, "draw_inputs", inputs_of_the_example)
+    weights, records, shared = {}, {}, dict(trunk_mode="lora", max_iters=6, learning_rate=1e-3)
     for k in (1, 2, 8):
         out_dir = tmp_path / f"k{k}"
-        train.main(argv(**options | dict(out_dir=out_dir), **shared, grad_accum=k))
+        train.main(argv(**options | dict(out_dir=out_dir), **shared, gradient_accumulation_steps=k))
         weights[k] = load_checkpoint(out_dir / "last.pt")["model"]
         records[k] = [(r["loss"], r["grad_norm"]) for r in metrics(out_dir) if "loss" in r]
     for k in (2, 8):
@@ -375,43 +383,43 @@ def same_run(a, b, exact):
     torch.testing.assert_close(one["model"], other["model"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(losses(a), losses(b), rtol=1e-5)
     for x, y in zip(evaluations(a), evaluations(b), strict=True):
-        assert x["step"] == y["step"] and x["val_loss"] == pytest.approx(y["val_loss"], rel=1e-5)
+        assert x["iter_num"] == y["iter_num"] and x["val_loss"] == pytest.approx(y["val_loss"], rel=1e-5)
         if x["val_loss_by_t"]:
             assert x["val_loss_by_t"] == pytest.approx(y["val_loss_by_t"], abs=2e-4)
     assert len({x["val_loss"] for x in evaluations(a)}) > 1       # it did train
 
 
 @pytest.mark.parametrize("more, exact", [(dict(), True), (dict(unroll=2, trunk_mode="lora"), True),
-                                         (dict(batch_size=32, grad_accum=2, trunk_mode="full"), False)])
+                                         (dict(batch_size=32, gradient_accumulation_steps=2, trunk_mode="full"), False)])
 def test_two_ranks_are_one_process_with_their_micro_batches(options, tmp_path, more, exact):
     """gloo: weights, losses and evaluations, bit for bit with one micro-batch a rank."""
-    shared = options | dict(steps=4, learning_rate=1e-3, eval_examples=70) | more
-    train.main(argv(**shared | dict(grad_accum=2 * shared.get("grad_accum", 1))))
-    ranks = group(tmp_path, 2, argv(**shared | dict(out_dir=tmp_path / "two")))
+    shared = options | dict(max_iters=4, learning_rate=1e-3, eval_examples=70) | more
+    train.main(argv(**shared | dict(gradient_accumulation_steps=2 * shared.get("gradient_accumulation_steps", 1))))
+    ranks = start_ranks(tmp_path, 2, argv(**shared | dict(out_dir=tmp_path / "two")))
     assert [r.wait() for r in ranks] == [0, 0], [r.err() for r in ranks]
     assert "2 x cpu" in ranks[0].out() and ranks[1].out() == ""   # only the main rank speaks
     same_run(options["out_dir"], tmp_path / "two", exact)
 
 
 def test_two_ranks_go_on_as_one_with_twice_the_micro_batches(options, tmp_path):
-    shared = options | dict(steps=6, batch_size=32, eval_every=3, learning_rate=1e-3)
-    train.main(argv(**shared, grad_accum=4))
-    two = shared | dict(out_dir=tmp_path / "two", grad_accum=2)
-    ranks = group(tmp_path, 2, argv(**two), before=stop_after_three)
+    shared = options | dict(max_iters=6, batch_size=32, eval_interval=3, learning_rate=1e-3)
+    train.main(argv(**shared, gradient_accumulation_steps=4))
+    two = shared | dict(out_dir=tmp_path / "two", gradient_accumulation_steps=2)
+    ranks = start_ranks(tmp_path, 2, argv(**two), before=stop_after_three)
     assert [r.wait() for r in ranks] == [143, 143], [r.err() for r in ranks]
-    assert load_checkpoint(tmp_path / "two/last.pt")["step"] == 3
+    assert load_checkpoint(tmp_path / "two/last.pt")["iter_num"] == 3
     message = error_of(train.main, argv(**two, resume=True))      # one rank of two would be another run
-    says(message, "ranks x grad_accum were 4, now 2")
-    train.main(argv(**two | dict(grad_accum=4), resume=True))
+    says(message, "ranks x gradient_accumulation_steps were 4, now 2")
+    train.main(argv(**two | dict(gradient_accumulation_steps=4), resume=True))
     same_run(options["out_dir"], tmp_path / "two", False)
 
 
 def stop_after_three():
-    """In the process: a stop that all ranks agree upon, at step 3."""
+    """In the process: a stop that all ranks agree upon, at iteration 3."""
     report = train.report
     def stop(run, *args):
         report(run, *args)
-        if run.step == 3:
+        if run.iter_num == 3:
             train.evaluate_and_save(run, *args[:2])
             raise SystemExit(143)
     train.report = stop
@@ -420,13 +428,13 @@ def stop_after_three():
 def test_torchrun_starts_the_ranks(options):
     """The real one."""
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    done = child(two, *argv(**options, steps=3, device="cpu"))
+    done = child(two, *argv(**options, max_iters=3, device="cpu"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 3/3") == 1 and "2 x cpu" in done.stdout
+    assert done.stdout.count("iter 3/3") == 1 and "2 x cpu" in done.stdout
 
 
 def test_a_mistake_is_said_by_one_rank_of_a_host(options, tmp_path):
-    ranks = group(tmp_path, 2, argv(**options | dict(data_dir=tmp_path / "nothing")))
+    ranks = start_ranks(tmp_path, 2, argv(**options | dict(data_dir=tmp_path / "nothing")))
     assert [r.wait() for r in ranks] == [1, 1]
     says(ranks[0].err(), "error: no prepared data")
     assert ranks[0].err().count("\n") == 1 and ranks[1].err() == ""
@@ -434,13 +442,13 @@ def test_a_mistake_is_said_by_one_rank_of_a_host(options, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ optimisation
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_min_lr():
-    c = config(steps=50, warmup=10, learning_rate=3e-3, min_lr=1e-4)
-    got = [train.learning_rate(step, c) for step in range(50)]
+    c = config(max_iters=50, warmup_iters=10, learning_rate=3e-3, min_lr=1e-4)
+    got = [train.get_lr(i, c) for i in range(50)]
     want = [3e-3 * (s + 1) / 10 for s in range(10)]
     want += np.interp(range(10, 50), [10, 49], [3e-3, 1e-4]).tolist()
     np.testing.assert_allclose(got, want, rtol=1e-12)
-    c = config(steps=1, warmup=0, learning_rate=3e-3)
-    assert train.learning_rate(0, c) == 3e-3                      # and no division by 0
+    c = config(max_iters=1, warmup_iters=0, learning_rate=3e-3)
+    assert train.get_lr(0, c) == 3e-3                      # and no division by 0
 
 
 def one_step(options, **more):
@@ -455,16 +463,16 @@ def one_step(options, **more):
 
 def test_the_step_has_the_size_of_the_schedule(options):
     """AdamW's first update is lr * sign(gradient), wherever the gradient is not tiny and nothing decays."""
-    before, after, run, _ = one_step(options, warmup=5, weight_decay=0)
+    before, after, run, _ = one_step(options, warmup_iters=5, weight_decay=0)
     change = (after["path.w.2.weight"] - before["path.w.2.weight"]).abs()
     assert change.median().item() == pytest.approx(1e-2 / 5, rel=1e-2)
-    run = run_of(2, options, warmup=5, weight_decay=0)
+    run = run_of(2, options, warmup_iters=5, weight_decay=0)
     assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([2e-2 / 5] * 2)
 
 
 def test_weight_decay_acts_on_matrices_only(options):
     """The first gradient does not know of it: a step with it differs from one without by -lr * decay * p."""
-    both = dict(trunk_mode="full", path_mode="full", warmup=0)
+    both = dict(trunk_mode="full", path_mode="full", warmup_iters=0)
     before, plain, _, _ = one_step(options, weight_decay=0, **both)
     _, decayed, _, _ = one_step(options, weight_decay=0.5, **both)
     assert {p.dim() for p in before.values()} == {1, 2}
@@ -479,7 +487,7 @@ def test_the_gradient_is_clipped_to_grad_clip(options):
     given = {}
     for clip in (0, 1e-3, 1e6):
         _, _, run, norm = one_step(options | dict(trunk_mode="lora"), grad_clip=clip, beta1=0.9)
-        moments = [run.optimizer.state[p]["exp_avg"].flatten() for p in train.trained(run.model)]
+        moments = [run.optimizer.state[p]["exp_avg"].flatten() for p in train.trained_parameters(run.model)]
         given[clip] = torch.cat(moments) / (1 - 0.9)
         assert given[clip].norm().item() == pytest.approx(min(norm, clip or math.inf), rel=1e-3)  # norm: before
     assert given[0].norm() > 2e-3 and torch.equal(given[0], given[1e6])
@@ -488,24 +496,25 @@ def test_the_gradient_is_clipped_to_grad_clip(options):
 
 def test_the_gradient_is_that_of_the_mean_over_the_tokens_of_the_step(options):
     """By hand, from the model's forward: sum of -log p over all targets, divided by their number."""
-    want, shared = {}, dict(grad_accum=2, grad_clip=0, weight_decay=0)
+    want, shared = {}, dict(gradient_accumulation_steps=2, grad_clip=0, weight_decay=0)
 
     def by_hand(run):
         c, total = config(**options, **shared), 0
         order = batches_of_epoch(np.diff(run.data.offsets), 16, 2, [0, 0])[0]
         for micro, ids in enumerate(order):
-            idx, at, y, label = batch_of(run.data, ids, "cpu")
-            label, t, x_0, _ = train.draw_noise(c, run.model, label, len(y), train.generator_for("cpu", 0, 0, 0, micro))
+            idx, at, y, group = load_batch(run.data, ids, "cpu")
+            drawn = train.draw_inputs(c, run.model, group, len(y), train.make_generator("cpu", 0, 0, 0, micro))
+            t, x_0, group, _ = drawn
             x_1 = run.model.path.token_space(run.model.trunk.wte.weight[y])
-            context = run.model.read(idx, at)
-            logits = run.model(t[:, None] * x_1 + (1 - t)[:, None] * x_0, t, context, label[at[0]])
+            context = run.model.read_context(idx, at)
+            logits = run.model(t[:, None] * x_1 + (1 - t)[:, None] * x_0, t, context, group[at[0]])
             total = total - logits.log_softmax(-1)[range(len(y)), y].sum()
             want["count"] = want.get("count", 0) + len(y)
         want["loss"] = total / want["count"]
-        want["grad"] = torch.autograd.grad(want["loss"], train.trained(run.model), allow_unused=True)
+        want["grad"] = torch.autograd.grad(want["loss"], train.trained_parameters(run.model), allow_unused=True)
     run = run_of(1, options, by_hand, **shared)
     assert losses(options["out_dir"])[0] == pytest.approx(want["loss"].item(), rel=1e-5)
-    for p, grad in zip(train.trained(run.model), want["grad"], strict=True):
+    for p, grad in zip(train.trained_parameters(run.model), want["grad"], strict=True):
         grad = torch.zeros_like(p) if grad is None else grad
         torch.testing.assert_close(run.optimizer.state[p]["exp_avg"] / (1 - 0.9), grad, rtol=1e-3, atol=1e-6)
 
@@ -522,7 +531,7 @@ def test_half_precision_computes_in_it_and_keeps_weights_in_float32(dtype, optio
         model.path.W.register_forward_hook(lambda m, x, y: seen.add(("x_1", y.dtype)))
         return model
     monkeypatch.setattr(train, "make_model", hooked)
-    options |= dict(learning_rate=1e-3, warmup=0, steps=20)       # at a high rate the first steps amplify rounding
+    options |= dict(learning_rate=1e-3, warmup_iters=0, max_iters=20)       # at a high rate the first steps amplify rounding
     train.main(argv(**options, dtype=dtype))
     assert seen == {getattr(torch, dtype), ("x_1", torch.float32)}
     first, last = evaluations(options["out_dir"])
@@ -539,13 +548,13 @@ def pass_of(loss_of, batch):
     loss_of.zero_grad()
     loss = loss_of(*batch)
     loss.sum().backward()
-    return loss.detach(), [p.grad.clone() for p in train.trained(loss_of.model) if p.grad is not None]
+    return loss.detach(), [p.grad.clone() for p in train.trained_parameters(loss_of.model) if p.grad is not None]
 
 
 def compiled_at_three_lengths(folder, trunk_mode, path_mode):
     """Forward and backward of the whole Loss, compiled, against eager. Returns (breaks, graphs)."""
     data = load_split(folder, "train")
-    c = config(trunk="scratch", trunk_mode="full", path_mode=path_mode, n_layer=1)
+    c = config(**FROM_SCRATCH | dict(n_layer=1), path_mode=path_mode)
     torch.manual_seed(0)
     model = train.make_model(c, load_manifest(folder))
     model.trunk.requires_grad_(trunk_mode == "full")
@@ -553,8 +562,8 @@ def compiled_at_three_lengths(folder, trunk_mode, path_mode):
         model.trunk.add_lora(c.lora_rank, c.lora_alpha)
     eager, compiled, batches, order = train.Loss(model), train.Loss(model), [], np.argsort(np.diff(data.offsets))
     for first in (0, len(order) // 2, len(order) - 4):            # short, middling, long
-        idx, at, y, label = batch_of(data, order[first:first + 4], "cpu")
-        batches.append((idx, at, y, label, *train.draw_noise(c, model, label, len(y), generator(first))[1:]))
+        idx, at, y, group = load_batch(data, order[first:first + 4], "cpu")
+        batches.append((idx, at, y, group, *train.draw_inputs(c, model, group, len(y), train.make_generator("cpu", first))[:2]))
     assert len({b[0].size(1) for b in batches}) == 3
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -595,7 +604,7 @@ def test_compile_on_trains_the_same_and_saves_the_same_names(options, tmp_path, 
         compiled.append(type(module))
         compile_(module, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", quick)
-    shared = options | dict(steps=3, batch_size=4, eval_examples=4)
+    shared = options | dict(max_iters=3, batch_size=4, eval_examples=4)
     train.main(argv(**shared))
     assert compiled == []                                         # auto: not on a CPU
     torch._dynamo.reset()
@@ -626,8 +635,8 @@ def one_by_one(model, data, ids, c):
     bins, trunk_losses = [[] for _ in range(8)], []
     for start in range(0, len(ids), 32):
         chunk = ids[start:start + 32]
-        _, _, y, label = batch_of(data, chunk, "cpu")
-        _, t, x_0, _ = train.draw_noise(c, model, label, len(y), train.generator_for("cpu", 1, 0, start))
+        _, _, y, group = load_batch(data, chunk, "cpu")
+        t, x_0, _, _ = train.draw_inputs(c, model, group, len(y), train.make_generator("cpu", 1, 0, start))
         used = 0
         for i in chunk:
             here = slice(data.offsets[i], data.offsets[i + 1])
@@ -635,9 +644,9 @@ def one_by_one(model, data, ids, c):
             columns = torch.arange(len(row) - 1)[torch.from_numpy(data.mask[here][1:])]
             y, mine = row[columns + 1], slice(used, used + len(columns))
             used += len(columns)
-            context = model.read(row[None, :-1], (torch.zeros_like(columns), columns))
+            context = model.read_context(row[None, :-1], (torch.zeros_like(columns), columns))
             x_t = t[mine, None] * model.embed(y) + (1 - t[mine, None]) * x_0[mine]
-            logits = model(x_t, t[mine], context, torch.full_like(y, model.no_label))       # without labels
+            logits = model(x_t, t[mine], context, torch.full_like(y, model.no_group))       # without groups
             values = F.cross_entropy(logits, y, reduction="none").tolist()
             for b, loss in zip((t[mine] * 8).floor().int().tolist(), values):
                 bins[b].append(loss)
@@ -650,8 +659,10 @@ def test_evaluation_is_the_mean_over_targets_in_each_bin_of_t(options, l2d):
     """Computed one target at a time; the same at every call and for every number of ranks."""
     c = config(**options | dict(eval_examples=70))                # three batches, the last not full
     model = pair_from(load_checkpoint(l2d / "last.pt"), "l2d").requires_grad_(False)
-    data, loss_of = load_split(options["data_dir"], "val"), train.Loss(model)
-    call = lambda ranks: progress.validation_loss(loss_of, data, c, ranks, nullcontext())  # noqa: E731
+    run = SimpleNamespace(model=model, loss=train.Loss(model), val=load_split(options["data_dir"], "val"),
+                          autocast=nullcontext())
+    data = run.val
+    call = lambda ranks: train.estimate_loss(run, c, ranks)
     alone, (bins, trunk_losses) = call(OneOf(0, 1)), one_by_one(model, data, range(70), c)
     assert alone["trunk_loss"] == pytest.approx(np.mean(trunk_losses), rel=1e-5)
     assert alone["val_loss"] == pytest.approx(np.mean(sum(bins, [])), rel=1e-5)
@@ -676,34 +687,34 @@ def test_a_bin_without_a_target_is_null_not_nan(options):
     data = load_split(options["data_dir"], "val")
     n = int(data.mask[:data.offsets[1]].sum())
     def empty(seed):
-        t = torch.rand(n, generator=train.generator_for("cpu", 1, seed, 0))
+        t = torch.rand(n, generator=train.make_generator("cpu", 1, seed, 0))
         return len(set((t * 8).int().tolist())) < 8
     seed = next(filter(empty, range(1000)))
-    train.main(argv(**options, eval_examples=1, steps=3, seed=seed))
+    train.main(argv(**options, eval_examples=1, max_iters=3, seed=seed))
     assert len(evaluations(options["out_dir"])) == 2
 
 
 # ------------------------------------------------------------------------------------------------------ trouble
 def test_metrics_hold_a_line_for_every_report_and_evaluation(options):
-    train.main(argv(**options, steps=20, eval_every=10, log_every=5))
+    train.main(argv(**options, max_iters=20, eval_interval=10, log_interval=5))
     records = metrics(options["out_dir"])
-    assert [(r["step"], "loss" in r) for r in records] == [(0, False), (5, True), (10, True), (10, False),
+    assert [(r["iter_num"], "loss" in r) for r in records] == [(0, False), (5, True), (10, True), (10, False),
                                                            (15, True), (20, True), (20, False)]
     for r in records:
         if "loss" in r:
-            assert r["loss"] > 0 and r["lr"] == train.learning_rate(r["step"] - 1, config(**options, steps=20))
+            assert r["loss"] > 0 and r["lr"] == train.get_lr(r["iter_num"] - 1, config(**options, max_iters=20))
             assert r["tokens_per_second"] > 0
     best = load_checkpoint(options["out_dir"] / "best.pt")
-    assert best["best"] == min(r["val_loss"] for r in records if "val_loss" in r) and "optimizer" not in best
+    assert best["best_val_loss"] == min(r["val_loss"] for r in records if "val_loss" in r) and "optimizer" not in best
 
 
 def test_best_is_the_best(options, monkeypatch):
     """best.pt stays at the lowest validation loss while last.pt goes on."""
-    fake, evaluate = iter([3.0, 2.0, 2.5, 2.2]), progress.validation_loss
-    monkeypatch.setattr(progress, "validation_loss", lambda *args: evaluate(*args) | {"val_loss": next(fake)})
-    train.main(argv(**options, steps=6, eval_every=2))
+    fake, evaluate = iter([3.0, 2.0, 2.5, 2.2]), train.estimate_loss
+    monkeypatch.setattr(train, "estimate_loss", lambda *args: evaluate(*args) | {"val_loss": next(fake)})
+    train.main(argv(**options, max_iters=6, eval_interval=2))
     best, last = (load_checkpoint(options["out_dir"] / f"{name}.pt") for name in ("best", "last"))
-    assert (best["step"], best["best"], last["step"], last["best"]) == (2, 2.0, 6, 2.0)
+    assert (best["iter_num"], best["best_val_loss"], last["iter_num"], last["best_val_loss"]) == (2, 2.0, 6, 2.0)
     assert not torch.equal(best["model"]["path.W.weight"], last["model"]["path.W.weight"])
 
 
@@ -729,7 +740,7 @@ def test_a_bad_gradient_on_one_step_changes_nothing_and_is_survived(options, mon
     bad_steps(monkeypatch, {2, 4, 5}, where)
     states = []
     def kept(run, norm):
-        moments = [{k: v.clone() for k, v in run.optimizer.state[p].items()} for p in train.trained(run.model)]
+        moments = [{k: v.clone() for k, v in run.optimizer.state[p].items()} for p in train.trained_parameters(run.model)]
         states.append(({k: v.clone() for k, v in run.model.state_dict().items()}, moments, math.isfinite(norm)))
     run_of(8, options, each=kept, trunk_mode=trunk_mode, dtype=dtype)
     assert [finite for *_, finite in states] == [True, True, False, True, False, False, True, True]
@@ -743,30 +754,30 @@ def test_a_bad_gradient_on_one_step_changes_nothing_and_is_survived(options, mon
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_five_bad_gradients_in_a_row_stop_with_a_line_and_nothing_is_spoilt(options, monkeypatch, where):
     bad_steps(monkeypatch, {6, 7, 8, 9, 10}, where)
-    message = error_of(train.main, argv(**options, eval_every=4))
-    says(message, "step 11 and the 4 before", "not finite", "last.pt holds step 8", "learning_rate")
-    assert ("at t in [" in message) == (where == "loss") and ("the gradient of" in message) == (where != "loss")
+    message = error_of(train.main, argv(**options, eval_interval=4))
+    says(message, "iteration 11 and the 4 before", "not finite", "last.pt holds iteration 8", "learning_rate")
+    assert ("the gradient of" in message) == (where != "loss")
     for name in ("last", "previous", "best"):
         checkpoint = load_checkpoint(options["out_dir"] / f"{name}.pt")
-        assert all(w.isfinite().all() for w in checkpoint["model"].values()) and math.isfinite(checkpoint["best"])
-    assert load_checkpoint(options["out_dir"] / "last.pt")["step"] == 8
+        assert all(w.isfinite().all() for w in checkpoint["model"].values()) and math.isfinite(checkpoint["best_val_loss"])
+    assert load_checkpoint(options["out_dir"] / "last.pt")["iter_num"] == 8
     assert all(z.isfinite().all() for s in load_checkpoint(options["out_dir"] / "last.pt")["optimizer"]["state"].values()
                for z in s.values())
 
 
 def test_a_learning_rate_that_diverges_never_saves_what_is_not_finite(options):
     with pytest.raises(UserError, match="not finite|validation loss is"):
-        train.main(argv(**options, trunk_mode="full", path_mode="none", learning_rate=1e9, grad_clip=0, eval_every=1))
+        train.main(argv(**options, trunk_mode="full", path_mode="none", learning_rate=1e9, grad_clip=0, eval_interval=1))
     checkpoint = load_checkpoint(options["out_dir"] / "last.pt")
     assert all(w.isfinite().all() for w in checkpoint["model"].values())
-    assert math.isfinite(checkpoint["best"]) and metrics(options["out_dir"])
+    assert math.isfinite(checkpoint["best_val_loss"]) and metrics(options["out_dir"])
 
 
 def test_float16_skips_the_steps_that_overflow(options, monkeypatch):
     """Their norm is infinite, which is no JSON. The weights stay."""
     GradScaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: GradScaler(device, 2.0 ** 60, enabled=enabled))
-    train.main(argv(**options, dtype="float16", steps=4, trunk_mode="full", path_mode="none"))
+    train.main(argv(**options, dtype="float16", max_iters=4, trunk_mode="full", path_mode="none"))
     after = load_checkpoint(options["out_dir"] / "last.pt")["model"]
     assert same_tensors(after, load_checkpoint(options["trunk"])["model"])
     assert len(losses(options["out_dir"])) == 4
