@@ -140,7 +140,7 @@ def configure(cls, argv=None, usage="", defaults=None):
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")  # --start=a=b: the value is a=b
             name = key.replace("-", "_")
-            if not equals and kinds.get(name) is bool:
+            if not equals and kinds.get(name) in (bool, bool | str):
                 text = "True"
             elif not equals and name in examples:
                 example = shlex.quote(str(examples[name]))
@@ -163,7 +163,9 @@ def _did_you_mean(word, known, dashes=""):
 def _from_text(text, kind):
     """Return the value of a text for a field of that type, or the text itself if it is not one."""
     try:
-        return BOOLS.get(text, text) if kind is bool else kind(text) if kind in (int, float) else text
+        if kind in (bool, bool | str):
+            return BOOLS.get(text, text)
+        return kind(text) if kind in (int, float) else text
     except ValueError:
         return text  # _checked refuses it
 
@@ -178,11 +180,15 @@ def _checked(value, kind, default, name):
     choices = get_args(kind)
     if kind is float and type(value) is int:
         value = float(value)
+    if kind == bool | str and type(value) in choices and value != "":
+        return value
     if value in choices or type(value) is kind and (kind in (bool, str) or _is_number(value)):
         return value
     expected = {int: f"an integer such as {default}", float: f"a finite number such as {default}",
                 str: f"a string such as {default!r}", bool: "True or False",
-                }.get(kind, f"one of {', '.join(choices)}{_did_you_mean(str(value), choices)}")
+                bool | str: "True, False or the name of a file"}.get(kind)
+    if not expected:
+        expected = f"one of {', '.join(choices)}{_did_you_mean(str(value), choices)}"
     raise UserError(f"{name} is {value!r:.80}, expected {expected}")
 
 
@@ -240,6 +246,8 @@ def _help(cls, usage):
     for f in fields(cls):
         headings, comment = notes.get(f.name, ([], ""))
         kind = get_type_hints(cls)[f.name]
-        option, kind = f"--{f.name}={shlex.quote(str(f.default))}", "|".join(get_args(kind)) or kind.__name__
+        option = f"--{f.name}={shlex.quote(str(f.default))}"
+        names = [getattr(choice, "__name__", choice) for choice in get_args(kind) or (kind,)]
+        kind = "|".join(names)
         rows += [*headings, f"  {option:<30} {kind:<5}  {comment}".rstrip()]
     return "\n".join(rows).strip()

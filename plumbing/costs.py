@@ -12,7 +12,8 @@ COSTS = WeakKeyDictionary()         # {model: {B: what measure_costs found}}
 
 
 def measure_costs(model, rows):
-    """What calls take here: (seconds of a trunk pass over B rows, [(queries, seconds) of path calls]).
+    """What calls take here, in seconds: of a trunk pass over B rows, [(queries, seconds) of path calls], and
+    of a small operation on the device.
 
     Measured once for each model and (rounded) number of rows, when decoding starts.
     """
@@ -45,16 +46,18 @@ def measure_costs(model, rows):
     path = []
     for Q in (1, 4, 16, 64, 256, 1024):
         path.append((B * Q, time_of(path_call(Q), device)))
-        if path[-1][1] > 4 * path[0][1]:                          # from here on it is proportional
+        if B * Q >= 64 and path[-1][1] > 3 * path[-2][1]:         # from here on it is about proportional
             break
-    known[key] = time_of(trunk_pass, device), path
+    small = torch.zeros(8, 8, device=device)
+    operation = time_of(lambda: [small + small for _ in range(100)], device) / 100
+    known[key] = time_of(trunk_pass, device), path, operation
     return known[key]
 
 
-def time_of(f, device, repeats=3):
-    """Seconds of f(), the least of some repeats."""
+def time_of(f, device):
+    """Seconds of f(): the least of three repeats, or of fewer where they take long. It has run once before."""
     seconds = []
-    for _ in range(1 + repeats):
+    while len(seconds) < 2 or len(seconds) < 4 and sum(seconds) < 0.1:
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -85,7 +88,8 @@ def choose_sizes(out, config, longest, widest, costs):
     them. To begin with we assume that ten tokens came before: one of them differed from its draft, and two
     changed their guess.
     """
-    trunk, path = costs
+    trunk, path, operation = costs
+    bookkeeping = (100 + 8 * config.steps) * operation            # of a round, in small operations
     B = len(out)
     n = 10 + sum(o.predicted for o in out)
     differ = (1 + sum(len(o.rejected) for o in out)) / n          # 1 - a
@@ -98,7 +102,7 @@ def choose_sizes(out, config, longest, widest, costs):
         again = tokens * E * (q / (1 - (1 - q) ** W) - 1 / W)     # more calls, one for each change of guess
         rows_again = min(1.0, again)                              # share of the rows that need one
         n_again = again if B == 1 else max(again, 1 - (1 - rows_again) ** B)
-        seconds = K * trunk + calls * interpolate(path, B * K * W)
+        seconds = bookkeeping + K * trunk + calls * interpolate(path, B * K * W)
         return (seconds + n_again * interpolate(path, max(1, B * rows_again) * W)) / tokens
     sizes = [(K, W) for K in powers_of_two(longest) for W in powers_of_two(widest)]
     return min(sizes, key=lambda size: time_per_token(*size))
