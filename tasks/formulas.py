@@ -102,10 +102,11 @@ def spell_number(match):
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<!\. )\. $", ""),                                               # the full stop of a sentence
     (rf"(\\frac|\\sqrt|[_^]) {ARGUMENT}", r"\1 { \2 } \3 "),
+    (r" {2,}", " "),
     (rf"{NUMERATOR}{ARGUMENT}", r"\1{ \2 } \3 "),
     (r" {2,}", " "),
-    (rf"((?:{OPENED})(?:- )?)\\\${MARK} (?=- |\d)", r"\1"),              # \$5
-    (rf"((?:{OPENED})(?:- )?){VALUE}\S+{MARK} {POWER}{LAST}", r"\1\2"),  # 5\text{ cm}^2
+    (rf"((?:{OPENED})(?:- )?)\\\${MARK} (?=(?:- )?\d)", r"\1"),        # \$5
+    (rf"((?:{OPENED})(?:- )?){VALUE}(?<=[\di}}] )\S+{MARK} {POWER}{LAST}", r"\1\2"),
     (rf"(?<=\) )[a-zA-Z]\S*{MARK} {POWER}{LAST}", ""),                   # (1 + \sqrt2)\text{ cm}
     (MARK, ""),
     (r"^[a-zA-Z] (?:=|\\in) (?!.*=)", ""),                               # x = 5, but not x = 5, y = 6
@@ -121,7 +122,8 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
 
 def normalise(formula):
     r"""Return the one spelling of a formula, for 1/2, .5, 0.50, \frac12, 0.5\text{ cm}, x = .5."""
-    formula = re.sub(r"(?<=\d)(?:\{,\}|,\s*+\\!|\\,)\s*+(?=\d{3}(?!\d))", "", formula)         # 10,\!000
+    # thousands, as in 10,\!000
+    formula = re.sub(r"(?<=\d)(?:\{,\}|,\s*+\\!|\\,)(?:\s|\\[!,])*+(?=\d{3}(?!\d))", "", formula)
     formula = spell(re.sub(r"(?<![\d.])\.(?=\d|\\overline|\\dot|\\bar)", "0.", formula))
     for pattern, replacement in RULES:
         formula = pattern.sub(replacement, formula)

@@ -2,48 +2,31 @@
 import hashlib
 import json
 import os
-import random
-import re
 import signal
 import subprocess
 import sys
 import tarfile
-import zipfile
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_arithmetic import check_split, question_of
 
+import plumbing.dataset
 import prepare_data
-from batches import batch_of, batches_of_epoch
+import tasks
 from configurator import UserError
-from prepare_data import load_manifest, load_split, main
-from tasks.arithmetic import PROMPT
-from tokens import encode_question, fingerprint, load_tokenizer
+from plumbing.dataset import load_manifest, load_split
+from plumbing.tokenizer import load_gpt2_tokenizer
+from prepare_data import main
+from tasks import TASKS, benchmarks, load_problems
+from tasks.arithmetic import make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-SPLITS = ("train", "val", "test", "mix", "mix_val", "mix_test")
-
-
-@pytest.fixture(scope="module")
-def arithmetic(tmp_path_factory):
-    out_dir = tmp_path_factory.mktemp("data") / "arithmetic"
-    main(["arithmetic", f"--out_dir={out_dir}", "--train=1500", "--mix=3000"])
-    return out_dir
-
-
-@pytest.fixture(scope="module")
-def encoding():
-    return load_tokenizer("arithmetic")
-
-
-def question_of(problem):
-    return problem.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
 
 
 def error(*argv):
@@ -53,218 +36,6 @@ def error(*argv):
     message = str(e.value.code)
     assert "\n" not in message and message.startswith("error: ")
     return message
-
-
-# ---------------------------------------------------------------- the generator
-
-def test_every_annotation_is_right_and_the_last_result_is_the_answer(arithmetic):
-    """Every <<expression=result>> recomputed with fractions; #### is the last; all numbers in 0..99."""
-    for split in SPLITS:
-        for problem in load_split(arithmetic, split).problems:
-            *lines, last = problem.answer.removeprefix(" ").split("\n")
-            final = int(last.removeprefix("#### "))
-            results = []
-            for expression, result, spoken in re.findall(r"<<([^=]+)=(\d+)>>(\d+)", problem.answer):
-                left, op, right = re.fullmatch(r"(\d+)([-+*/])(\d+)", expression).groups()
-                left, right = Fraction(left), Fraction(right)
-                exact = {"+": left + right, "-": left - right, "*": left * right, "/": left / right}[op]
-                assert exact == int(result) == int(spoken)
-                assert f"{expression} = <<" in problem.answer
-                results.append(int(result))
-            assert all(int(n) <= 99 for n in re.findall(r"\d+", question_of(problem) + problem.answer))
-            if results:
-                assert final == results[-1] and len(results) == len(lines)
-            if not split.startswith("mix"):
-                assert 2 <= len(results) <= 4
-
-
-def test_stories_follow_from_their_question(arithmetic):
-    """Each operation uses the result before it, once; its other number is told or an older result."""
-    for problem in load_split(arithmetic, "train").problems:
-        told = [int(n) for n in re.findall(r"\d+", question_of(problem))]
-        known = {*told, 1, 2}                        # "and 5 friends" is one more, "half", "twice"
-        used, results = set(), told[:1]
-        for left, right, result in re.findall(r"<<(\d+).(\d+)=(\d+)>>", problem.answer):
-            operands = [int(left), int(right)]
-            used |= set(operands)
-            if results[1:]:
-                operands.remove(results[-1])
-            assert set(operands) <= known | set(results[:-1])
-            results.append(int(result))
-        assert set(told) <= used                     # no number of the question is idle
-
-
-def drill_answer(question):
-    """The answer of a small exercise, read off its question independently of the generator; None: not one."""
-    numbers = [int(n) for n in re.findall(r"\d+", question)]
-    if m := re.fullmatch(r"What is (\d+) ([-+*/]) (\d+)\?", question):
-        return Fraction(eval(f"Fraction({m[1]}) {m[2]} {m[3]}"))
-    if question.startswith("Which is "):
-        return max(numbers) if "larger" in question else min(numbers)
-    if m := re.match(r"What is the (first|second|last) number", question):
-        return numbers[{"first": 0, "second": 1, "last": -1}[m[1]]]
-    if question.startswith("How often"):
-        return Counter(numbers[1:])[numbers[0]]
-    if question.startswith("Reverse"):
-        return numbers[0]
-    if question.startswith("Continue"):
-        assert len(set(np.diff(numbers))) == 1
-        return numbers[-1] + numbers[1] - numbers[0]
-    if m := re.fullmatch(r"(\w+) has (\d+) \w+ and (\w+) has (\d+)\. How many has (\w+)\?", question):
-        return int({m[1]: m[2], m[3]: m[4]}[m[5]])
-    return None
-
-
-def test_every_drill_has_the_answer_that_its_question_asks_for(arithmetic):
-    found = 0
-    for split in ("mix", "mix_val", "mix_test"):
-        problems = load_split(arithmetic, split).problems
-        for problem in problems:
-            expected = drill_answer(question_of(problem))
-            if expected is not None:
-                found += 1
-                assert int(problem.answer.split("#### ")[1]) == expected, problem
-                assert re.search(rf"\b{expected}\b", problem.answer.split("####")[0])
-    total = 3000 + 500 + 1000
-    assert 0.4 * total < found < 0.6 * total         # half the mixture; a family not known here would show
-    assert all(drill_answer(question_of(p)) is None for p in load_split(arithmetic, "train").problems)
-
-
-def test_no_two_splits_share_a_question_or_its_numbers(arithmetic):
-    """No question twice, and no two splits share the numbers of a question in their order."""
-    questions, calculations = Counter(), {}
-    for split in SPLITS:
-        for problem in load_split(arithmetic, split).problems:
-            questions[question_of(problem)] += 1
-            key = tuple(re.findall(r"\d+", question_of(problem)))
-            assert calculations.setdefault(key, split) == split
-    assert max(questions.values()) == 1 and sum(questions.values()) == 1500 + 500 + 1000 + 3000 + 500 + 1000
-
-
-def test_problems_are_short_and_various(arithmetic):
-    """Short enough for the demo, and not a handful of sums: what training on it takes for granted."""
-    split = load_split(arithmetic, "train")
-    length = np.diff(split.offsets)
-    targets = np.add.reduceat(split.mask.astype(int), split.offsets[:-1])
-    assert 25 < (length - targets).mean() < 40 and 35 < targets.mean() < 52 and length.max() < 128
-    sums = Counter(re.findall(r"<<(\d+[-+*/]\d+)=", "".join(p.answer for p in split.problems)))
-    assert len(sums) > 0.4 * sums.total()                       # numbers end at 99, so operations do repeat
-    finals = Counter(p.answer.split("#### ")[1] for p in split.problems)
-    assert finals.most_common(1)[0][1] < 0.04 * len(split.problems)      # no constant answer scores
-
-
-def test_the_size_of_a_split_disturbs_no_other(arithmetic, tmp_path):
-    main(["arithmetic", f"--out_dir={tmp_path}", "--train=100", "--mix=1"])
-    for split in ("val", "test", "mix_test"):
-        assert (tmp_path / f"{split}.npz").read_bytes() == (arithmetic / f"{split}.npz").read_bytes()
-    assert load_split(tmp_path, "train").problems == [
-        p._replace(where=q.where) for p, q in zip(load_split(arithmetic, "train").problems,
-                                                  load_split(tmp_path, "train").problems)]
-    main(["arithmetic", f"--out_dir={tmp_path}", "--train=100", "--mix=1", "--seed=5"])
-    assert (tmp_path / "val.npz").read_bytes() != (arithmetic / "val.npz").read_bytes()
-
-
-def test_the_same_input_gives_the_same_bytes(tmp_path):
-    """Two processes with different hash seeds; and no clock in the zip files."""
-    contents = []
-    for hash_seed in ("1", "2"):
-        out_dir = tmp_path / hash_seed / "arithmetic"
-        subprocess.run([sys.executable, ROOT / "prepare_data.py", "arithmetic", f"--out_dir={out_dir}",
-                        "--train=200", "--mix=200"], check=True, capture_output=True,
-                       env={**os.environ, "PYTHONHASHSEED": hash_seed})
-        contents.append({p.name: p.read_bytes() for p in out_dir.iterdir()})
-    assert contents[0] == contents[1] and len(contents[0]) == 2 * len(SPLITS) + 1
-    with zipfile.ZipFile(out_dir / "val.npz") as archive:
-        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-
-
-# ---------------------------------------------------------------- tokens
-
-def test_every_number_is_one_token(encoding):
-    assert encoding.n_vocab <= 2500
-    for n in range(100):
-        assert len(encoding.encode_ordinary(f" {n}")) == 1
-        assert encoding.decode(encoding.encode_ordinary(f" {n}")) == f" {n}"
-        pieces = [encoding.decode([i]) for i in encoding.encode_ordinary(f"7+{n}*{n}/{n}-{n}={n}>>{n}")]
-        assert pieces == ["7", "+", str(n), "*", str(n), "/", str(n), "-", str(n), "=", str(n), ">>", str(n)]
-
-
-def test_the_vocabulary_covers_the_generator(arithmetic, encoding):
-    """No word is spelt: a token of one character is never part of a longer word."""
-    for split in SPLITS:
-        for problem in load_split(arithmetic, split).problems[:500]:
-            text = problem.prompt + problem.answer
-            pieces = [encoding.decode([i]) for i in encoding.encode_ordinary(text)]
-            for left, right in zip(pieces, pieces[1:]):
-                assert not (left[-1].isalpha() and right[0].isalpha()), (left, right)
-    pieces = [encoding.decode([i]) for i in encoding.encode_ordinary("a 3*12 = <<3*12=36>>36 cups.\n#### 36")]
-    assert pieces == \
-        ["a", " 3", "*", "12", " = <<", "3", "*", "12", "=", "36", ">>", "36", " cups", ".\n", "####", " 36"]
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text() | st.text(alphabet=" \n.=<>#0123456789abÄ€\t", max_size=40))
-def test_any_text_round_trips(encoding, text):
-    assert encoding.decode(encoding.encode_ordinary(text)) == text
-
-
-def check_split(out_dir, split, encoding, strip=False):
-    """Masks cover exactly the answer and end of text; ids, labels and texts belong together."""
-    data, manifest = load_split(out_dir, split), load_manifest(out_dir)
-    assert data.tokens.dtype == np.uint16 and data.mask.dtype == np.bool_
-    assert data.offsets.dtype == np.int64 and data.labels.dtype == np.uint8
-    assert len(data.offsets) == len(data.problems) + 1 == manifest["counts"][split] + 1
-    for i, problem in enumerate(data.problems):
-        tokens = data.tokens[data.offsets[i]:data.offsets[i + 1]]
-        mask = data.mask[data.offsets[i]:data.offsets[i + 1]]
-        assert encoding.decode(tokens[mask]) == f"{problem.answer}<|endoftext|>"
-        assert tokens[mask][-1] == encoding.eot_token and (tokens == encoding.eot_token).sum() == 1
-        assert encoding.decode(tokens[~mask]) == problem.prompt
-        assert problem.prompt == f"Question: {question_of(problem)}\nAnswer:"
-        assert encode_question(encoding, PROMPT, question_of(problem)) == tokens[~mask].tolist()
-        assert not mask[:(~mask).sum()].any()        # the prompt comes first, in one piece
-        steps = sum(1 for line in problem.answer.split("####")[0].split("\n") if line)
-        assert data.labels[i] == min(steps, manifest["n_labels"]) - 1
-        assert manifest["label_names"][data.labels[i]] == problem.label
-        assert ("<<" in problem.answer) <= (not strip)
-    assert np.diff(data.offsets).max() <= manifest["max_tokens"]
-    return data
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_masks_cover_exactly_the_answer_and_the_end_of_text(arithmetic, encoding, split):
-    check_split(arithmetic, split, encoding)
-
-
-def test_the_manifest_says_what_is_there(arithmetic, encoding):
-    manifest = load_manifest(arithmetic)
-    assert manifest["tokenizer"] == "arithmetic" and manifest["fingerprint"] == fingerprint(encoding)
-    assert manifest["n_vocab"] == encoding.n_vocab and manifest["eot"] == encoding.n_vocab - 1
-    assert manifest["counts"] == dict(train=1500, val=500, test=1000, mix=3000, mix_val=500, mix_test=1000)
-    assert manifest["label_names"] == ["1 step", "2 steps", "3 steps", "4 or more steps"]
-    assert manifest["n_labels"] == 4
-    longest = max(np.diff(load_split(arithmetic, split).offsets).max() for split in SPLITS)
-    assert manifest["max_tokens"] == longest
-
-
-def test_the_fingerprint_tells_tokenizers_apart(encoding):
-    import tiktoken
-    def variant(pattern=encoding._pat_str, ranks=encoding._mergeable_ranks, special="<|endoftext|>"):
-        return fingerprint(tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks,
-                                             special_tokens={special: len(ranks)}))
-    swapped = dict(encoding._mergeable_ranks)
-    swapped[b" 1"], swapped[b" 2"] = swapped[b" 2"], swapped[b" 1"]
-    same, *others = variant(), variant(pattern=".|\\n"), variant(ranks=swapped), variant(special="<|end|>")
-    assert same == fingerprint(encoding) and len({same, *others}) == 4
-
-
-def test_a_question_that_cannot_be_asked_is_refused(encoding):
-    for bad, why in (("", "empty"), (" \n", "empty"), ("What is <|endoftext|>?", "endoftext")):
-        with pytest.raises(UserError, match=why):
-            encode_question(encoding, PROMPT, bad)
-    want = encoding.encode_ordinary("Question: What is 2 + 3?\nAnswer:")
-    assert want == encode_question(encoding, PROMPT, " What is 2 + 3?\n")
-    assert encode_question(encoding, "{}", "What is {x}?") == encoding.encode_ordinary("What is {x}?")
 
 
 # ---------------------------------------------------------------- GSM8K's path, on files of our own
@@ -295,12 +66,13 @@ def source(tmp_path, monkeypatch):
 @needs_gpt2
 def test_what_is_held_out_of_gsm8k_is_not_trained_on(source, tmp_path, capsys):
     main(["gsm8k", f"--source={source()}", f"--out_dir={tmp_path}/out", "--strip_annotations"])
-    train = check_split(tmp_path / "out", "train", load_tokenizer("gpt2"), strip=True).problems
+    check_split(tmp_path / "out", "train", load_gpt2_tokenizer(), strip=True)
+    train = load_problems(tmp_path / "out", "train")
     for problem in train:
         i = int(question_of(problem).split()[2])
         assert problem.answer == f" {i}+1 = {i + 1}, {i}-0=${i}\n#### {i + 1}"
     assert "is not the original file" in capsys.readouterr().out
-    held_out = {question_of(p) for p in load_split(tmp_path / "out", "val").problems}
+    held_out = {question_of(p) for p in load_problems(tmp_path / "out", "val")}
     assert len(train) == 20 and len(held_out) == 500 and held_out.isdisjoint(map(question_of, train))
     manifest = load_manifest(tmp_path / "out")
     assert manifest["strip_annotations"] is True and set(manifest["sources"]) == {"train.jsonl", "test.jsonl"}
@@ -362,7 +134,7 @@ def test_an_interrupted_preparation_leaves_what_was_there(own, monkeypatch, stop
     """Ctrl-C while the new files are written, each of the five."""
     command, out_dir = own
     main(command)
-    before, write, calls = contents(out_dir), prepare_data.write_file, []
+    before, write, calls = contents(out_dir), plumbing.dataset.write_file, []
 
     def interrupted(path, content):
         if len(calls) == stop_at:
@@ -370,7 +142,7 @@ def test_an_interrupted_preparation_leaves_what_was_there(own, monkeypatch, stop
         calls.append(path)
         write(path, content)
 
-    monkeypatch.setattr(prepare_data, "write_file", interrupted)
+    monkeypatch.setattr(plumbing.dataset, "write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main([*command, "--val=20"])
     assert contents(out_dir) == before and len(list(out_dir.iterdir())) == len(before) == 5
@@ -450,10 +222,9 @@ def test_a_signal_leaves_what_was_there(own, stop):
 
 
 def test_a_closed_pipe_ends_quietly():
-    for words in ("--help", "arithmetic --help"):
-        done = subprocess.run(f"{sys.executable} prepare_data.py {words} | head -1", shell=True, cwd=ROOT,
-                              capture_output=True, text=True)
-        assert done.stdout.count("\n") == 1 and done.stderr == ""
+    done = subprocess.run(f"{sys.executable} prepare_data.py arithmetic --help | head -1", shell=True, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
 def test_a_failure_leaves_no_new_folder(own):
@@ -472,21 +243,23 @@ def test_all_of_gsm8k_is_prepared_and_its_split_never_changes(tmp_path, monkeypa
     main(["gsm8k", f"--source={SHARED / 'gsm8k'}", f"--out_dir={tmp_path}"])
     assert "note:" not in capsys.readouterr().out    # the pinned files
     assert load_manifest(tmp_path)["counts"] == dict(train=6973, val=500, test=1319)
-    encoding = load_tokenizer("gpt2")
+    encoding = load_gpt2_tokenizer()
     assert encoding.encode_ordinary("The dog") == [464, 3290]            # ids known from GPT-2 itself
-    splits = {split: check_split(tmp_path, split, encoding) for split in ("train", "val", "test")}
+    for split in ("train", "val", "test"):
+        check_split(tmp_path, split, encoding)
+    splits = {split: load_problems(tmp_path, split) for split in ("train", "val", "test")}
 
     def original(file):
         lines = (SHARED / "gsm8k" / f"{file}.jsonl").read_text(encoding="utf-8").strip().split("\n")
         return sorted((r["question"], r["answer"]) for r in map(json.loads, lines))
 
     def ours(*names):
-        return sorted((question_of(p), p.answer[1:]) for name in names for p in splits[name].problems)
+        return sorted((question_of(p), p.answer[1:]) for name in names for p in splits[name])
 
     assert ours("train", "val") == original("train") and ours("test") == original("test")
     assert load_manifest(tmp_path)["max_tokens"] == 439
     # results are compared across machines and years: which problems are held out must never change
-    held_out = hashlib.sha256("\n".join(question_of(p) for p in splits["val"].problems).encode()).hexdigest()
+    held_out = hashlib.sha256("\n".join(question_of(p) for p in splits["val"]).encode()).hexdigest()
     assert held_out[:16] == "09ee493ae76a7879"
 
 
@@ -506,7 +279,7 @@ def test_own_data_is_one_command(tmp_path):
     main(["jsonl", f"--source={tmp_path}/in", "--val=10", "--tokenizer=arithmetic",
           f"--out_dir={tmp_path}/a"])
     assert load_manifest(tmp_path / "a")["counts"] == dict(train=20, val=10)
-    assert load_manifest(tmp_path / "a")["label_names"] == ["all"]
+    assert load_manifest(tmp_path / "a")["group_names"] == ["all"]
     write_lines(tmp_path / "in/test.jsonl", [{"question": "Is 77 even?", "answer": "False"}])
     main(["jsonl", f"--source={tmp_path}/in/", "--val=10", "--tokenizer=arithmetic",
           f"--out_dir={tmp_path}/b/"])
@@ -514,10 +287,10 @@ def test_own_data_is_one_command(tmp_path):
     main(["jsonl", f"--source={tmp_path}/in/train.jsonl", "--val=10", "--tokenizer=arithmetic",
           f"--out_dir={tmp_path}/c"])
     for split in ("train", "val"):
-        a, b, c = (load_split(tmp_path / name, split) for name in "abc")
-        assert [p[:-1] for p in a.problems] == [p[:-1] for p in b.problems] == [p[:-1] for p in c.problems]
-    texts = [(question_of(p), p.answer[1:]) for split in ("train", "val") for p in load_split(tmp_path / "a",
-                                                                                              split).problems]
+        a, b, c = (load_problems(tmp_path / name, split) for name in "abc")
+        assert [p[:-1] for p in a] == [p[:-1] for p in b] == [p[:-1] for p in c]
+    texts = [(question_of(p), p.answer[1:]) for split in ("train", "val") for p in load_problems(tmp_path / "a",
+                                                                                              split)]
     assert sorted(texts) == sorted((row["question"], row["answer"]) for row in OWN)
 
 
@@ -526,33 +299,33 @@ def test_own_validation_problems_are_used_and_a_question_in_two_splits_is_named(
         write_lines(tmp_path / f"in/{split}.jsonl", rows)
     main(["jsonl", f"--source={tmp_path}/in", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"])
     assert load_manifest(tmp_path / "out")["counts"] == dict(train=20, val=6, test=6)
-    assert [question_of(p) for p in load_split(tmp_path / "out", "val").problems] == [r["question"] for r in OWN[18:24]]
+    assert [question_of(p) for p in load_problems(tmp_path / "out", "val")] == [r["question"] for r in OWN[18:24]]
     printed = capsys.readouterr().out
     assert "note: 2 questions of val are in the training data" in printed and "of test are in" not in printed
 
 
-def test_own_data_may_have_labels(tmp_path):
-    write_lines(tmp_path / "train.jsonl", [row | {"label": "big" if i > 5 else "a"} for i,
+def test_own_data_may_have_groups(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [row | {"group": "big" if i > 5 else "a"} for i,
                                            row in enumerate(OWN)])
     main(["jsonl", f"--source={tmp_path}", "--val=10", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"])
-    assert load_manifest(tmp_path / "out")["label_names"] == ["a", "big"]
+    assert load_manifest(tmp_path / "out")["group_names"] == ["a", "big"]
     data = load_split(tmp_path / "out", "train")
-    for label, p in zip(data.labels, data.problems, strict=True):
-        assert (label == 1) == (p.label == "big") == (int(question_of(p).split()[1]) > 5)
+    for group, p in zip(data.groups, load_problems(tmp_path / "out", "train"), strict=True):
+        assert (group == 1) == (p.group == "big") == (int(question_of(p).split()[1]) > 5)
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_text(tmp_path):
     text = "".join(json.dumps(row) + "\r\n" for row in OWN)
     (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     main(["jsonl", f"--source={tmp_path}", "--val=10", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"])
-    assert len(load_split(tmp_path / "out", "train").problems) == 20
+    assert len(load_problems(tmp_path / "out", "train")) == 20
 
 
 def test_a_home_directory_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_lines(tmp_path / "in/train.jsonl", OWN)
     main(["jsonl", "--source=~/in", "--val=10", "--tokenizer=arithmetic", "--out_dir=~/out"])
-    assert len(load_split("~/out", "val").problems) == 10 and (tmp_path / "out").is_dir()
+    assert len(load_problems(tmp_path / "out", "val")) == 10
 
 
 BAD_OWN = {
@@ -568,8 +341,8 @@ BAD_OWN = {
     "NaN": ("NaN", 'no text "question"'), "half a line": ('{"question": "Why?", "ans', "is not JSON"),
     "NULs": ("\0" * 20, "is not JSON"), "two objects": ('{"question": "a"}{"answer": "b"}', "is not JSON"),
     "another key": ('{"question": "Why?", "response": "x"}', 'no text "answer"'),
-    "an empty label": ('{"question": "Why?", "answer": "x", "label": ""}', 'no text "label"'),
-    "a number as label": ('{"question": "Why?", "answer": "x", "label": 3}', 'no text "label"'),
+    "an empty group": ('{"question": "Why?", "answer": "x", "group": ""}', 'no text "group"'),
+    "a number as group": ('{"question": "Why?", "answer": "x", "group": 3}', 'no text "group"'),
     "an answer of signs": ('{"question": "Why?", "answer": "?!"}', "scoring cannot read"),
     "an unreadable number": ('{"question": "Why?", "answer": "#### $18"}', "scoring cannot read"),
     "end of text": ('{"question": "Why?", "answer": "x<|endoftext|>"}', "special token"),
@@ -626,26 +399,26 @@ TEXT = st.text(max_size=30).filter(lambda text: "<|endoftext|>" not in text)
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=2, max_size=5))
 def test_whatever_is_accepted_comes_back_as_it_was(tmp_path_factory, rows):
-    """Any texts: the tokens say them, the problems hold them, the labels name them; or one line says why."""
+    """Any texts: the tokens say them, the problems hold them, the groups name them; or one line says why."""
     folder = tmp_path_factory.mktemp("any")
-    rows = [dict(zip(("question", "answer", "label"), row, strict=True)) for row in rows]
+    rows = [dict(zip(("question", "answer", "group"), row, strict=True)) for row in rows]
     write_lines(folder / "train.jsonl", rows)
     try:
         main(["jsonl", f"--source={folder}", "--val=1", "--tokenizer=arithmetic", f"--out_dir={folder}/out"])
     except UserError as e:
         assert str(e).startswith("error: ") and "\n" not in str(e)
         return
-    manifest, encoding, found = load_manifest(folder / "out"), load_tokenizer("arithmetic"), []
+    manifest, encoding, found = load_manifest(folder / "out"), make_tokenizer(), []
     for split in ("train", "val"):
         data = load_split(folder / "out", split)
-        for i, p in enumerate(data.problems):
+        for i, p in enumerate(load_problems(folder / "out", split)):
             tokens, mask = (z[data.offsets[i]:data.offsets[i + 1]] for z in (data.tokens, data.mask))
             assert encoding.decode(tokens) == p.prompt + p.answer + "<|endoftext|>"
             assert encoding.decode(tokens[mask]) == p.answer + "<|endoftext|>"
-            assert manifest["label_names"][data.labels[i]] == p.label
-            found.append((question_of(p), p.answer[1:], p.label))
+            assert manifest["group_names"][data.groups[i]] == p.group
+            found.append((question_of(p), p.answer[1:], p.group))
     clean = [tuple(row[k].replace("\r\n", "\n").strip() for k in ("question", "answer",
-                                                                  "label")) for row in rows]
+                                                                  "group")) for row in rows]
     assert sorted(found) == sorted(clean)
 
 
@@ -661,13 +434,13 @@ def test_mmlu_pro_in_the_form_of_its_rows(tmp_path):
                                                     "answer_index": 2}])
     command = ["mmlu_pro", f"--source={tmp_path}/in", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"]
     main(command)
-    (shot,), (p,) = (load_split(tmp_path / "out", split).problems for split in ("val", "test"))
+    (shot,), (p,) = (load_problems(tmp_path / "out", split) for split in ("val", "test"))
     assert shot.answer == " I" and len(shot.choices) == 10 and shot.prompt.count("\n") == 11
     assert shot.subject == "business"
     assert p.prompt == "Question: Typical advertising regulatory bodies?\nA. yes\nB. no\nC. never\nAnswer:"
-    assert p.answer == " C" and p.choices == (" A", " B", " C") and p.label == "knowledge"
+    assert p.answer == " C" and p.choices == (" A", " B", " C") and p.group == "knowledge"
     manifest = load_manifest(tmp_path / "out")
-    assert manifest["label_names"] == ["math", "code", "knowledge"] and manifest["shots"] == "val"
+    assert manifest["group_names"] == ["math", "code", "knowledge"] and manifest["shots"] == "val"
     for change, why in [({"answer": "K"}, "answer 'K'"), ({"answer": "AB"}, "answer 'AB'"),
                         ({"options": ["one"]}, "1 options"),
                         ({"options": "abc"}, "no list of texts options"),
@@ -694,7 +467,7 @@ def test_mmlu_from_its_folders_and_from_its_archive_is_the_same(tmp_path):
     main([*command, f"--source={tmp_path}/data.tar", f"--out_dir={tmp_path}/b"])
     main([*command, f"--source={tmp_path}", f"--out_dir={tmp_path}/c"])
     for split in ("dev", "val", "test"):
-        a, b, c = (load_split(tmp_path / name, split).problems for name in "abc")
+        a, b, c = (load_problems(tmp_path / name, split) for name in "abc")
         assert [p[:-1] for p in a] == [p[:-1] for p in b] == [p[:-1] for p in c] and len(a) == 4
     assert [p.subject for p in a] == ["high school physics"] * 2 + ["law"] * 2
     assert a[0].prompt == "Question: Which, of\nthese?\nA. 1\nB. a, b\nC. 3\nD. 4\nAnswer:"
@@ -744,10 +517,10 @@ def test_math_has_a_training_split_where_the_user_has_it(tmp_path):
     write_lines(tmp_path / "train.jsonl", [MATH | {"problem": f"{i}?"} for i in range(9)])
     main(["math", f"--source={tmp_path}", "--val=3", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"])
     assert load_manifest(tmp_path / "out")["counts"] == dict(train=6, val=3, test=1)
-    assert load_split(tmp_path / "out", "test").problems[0].subject == "Algebra"
+    assert load_problems(tmp_path / "out", "test")[0].subject == "Algebra"
 
 
-def test_the_mix_labels_each_problem_by_its_group_and_keeps_its_task(tmp_path, capsys):
+def test_the_mix_gives_each_problem_its_group_and_keeps_its_task(tmp_path, capsys):
     """Validation has some of each that training has not; MATH only where the user gives it."""
     folder = tmp_path / "in"
     write_lines(folder / "g/train.jsonl",
@@ -764,115 +537,21 @@ def test_the_mix_labels_each_problem_by_its_group_and_keeps_its_task(tmp_path, c
     main(command)
     assert "the mix is without MATH" in capsys.readouterr().out
     manifest = load_manifest(tmp_path / "out")
-    assert manifest["label_names"] == ["math", "code", "knowledge"] and set(manifest["counts"]) == {"train",
+    assert manifest["group_names"] == ["math", "code", "knowledge"] and set(manifest["counts"]) == {"train",
                                                                                                     "val"}
     assert "gsm8k/train.jsonl" in manifest["sources"] and "mbpp/mbpp.jsonl" in manifest["sources"]
     def count(split):
-        return Counter((p.task, p.label) for p in load_split(tmp_path / "out", split).problems)
+        return Counter((p.task, p.group) for p in load_problems(tmp_path / "out", split))
     assert count("train") == {("gsm8k", "math"): 40, ("mbpp", "code"): 2, ("mmlu", "knowledge"): 36}
     assert count("val") == {("gsm8k", "math"): 500, ("mbpp", "code"): 1, ("mmlu", "knowledge"): 4}
-    prompts = [{p.prompt for p in load_split(tmp_path / "out",
-                                             split).problems if p.task != "mbpp"} for split in ("train",
+    prompts = [{p.prompt for p in load_problems(tmp_path / "out",
+                                             split) if p.task != "mbpp"} for split in ("train",
                                                                                                 "val")]
     assert prompts[0].isdisjoint(prompts[1]) and not any("test" in prompt for prompt in set.union(*prompts))
     main([*command, f"--math={folder}/x"])
-    assert Counter(p.task for p in load_split(tmp_path / "out", "val").problems)["math"] == 500
+    assert Counter(p.task for p in load_problems(tmp_path / "out", "val"))["math"] == 500
     (folder / "g/test.jsonl").unlink()
     assert "g/test.jsonl" in error(*command)
-
-
-def test_a_batch_is_the_examples_padded_and_an_epoch_has_each_of_them_once(arithmetic):
-    """Against loops over the examples."""
-    data = load_split(arithmetic, "val")
-    idx, (rows, columns), y, label = batch_of(data, [7, 3, 490], "cpu")
-    found = {(int(r), int(c)): int(t) for r, c, t in zip(rows, columns, y, strict=True)}
-    want, longest = {}, 0
-    for row, i in enumerate((7, 3, 490)):
-        tokens, mask = (z[data.offsets[i]:data.offsets[i + 1]].tolist() for z in (data.tokens, data.mask))
-        longest = max(longest, len(tokens) - 1)
-        assert idx[row, :len(tokens) - 1].tolist() == tokens[:-1] and label[row] == data.labels[i]
-        want |= {(row, k): tokens[k + 1] for k in range(len(tokens) - 1) if mask[k + 1]}
-    assert found == want and idx.shape == (3, longest)
-
-    lengths = np.diff(data.offsets)
-    epoch = batches_of_epoch(lengths, 16, 2, [1, 0])
-    assert epoch.shape == (31, 2, 8) and len(set(epoch.flatten().tolist())) == 31 * 16
-    assert np.mean([lengths[ids].max() - lengths[ids].mean() for step in epoch for ids in step]) < 1
-    assert (batches_of_epoch(lengths, 16, 2, [1, 0]) == epoch).all()
-    assert (batches_of_epoch(lengths, 16, 2, [1, 1]) != epoch).any()
-    assert set(batches_of_epoch(lengths[:5], 8, 1, 0).flatten().tolist()) == set(range(5))    # to fill one
-
-
-# ---------------------------------------------------------------- reading back
-
-def test_missing_data_names_the_command(arithmetic, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"python prepare_data\.py gsm8k$"):
-        load_split("data/gsm8k", "train")
-    with pytest.raises(UserError, match=r"python prepare_data\.py arithmetic --out_dir=else/arithmetic$"):
-        load_manifest(Path("else/arithmetic"))
-    with pytest.raises(UserError, match="no split 'dev'.*train, val, test"):
-        load_split(arithmetic, "dev")
-
-
-@pytest.fixture
-def copy(arithmetic, tmp_path):
-    """A copy of the prepared data to damage."""
-    for path in arithmetic.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}",
-                                  '{"counts": {}, "n_labels": 1, "label_names": []}', "\x00"])
-def test_a_damaged_manifest_is_refused(copy, text):
-    (copy / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="manifest.json is damaged.*python prepare_data.py"):
-        load_split(copy, "val")
-
-
-def test_damaged_arrays_are_refused(copy):
-    path = copy / "val.npz"
-    good = path.read_bytes()
-    arrays = dict(np.load(path))
-    def refused(**changes):
-        np.savez(path, **{k: v for k, v in {**arrays, **changes}.items() if v is not None})
-        with pytest.raises(UserError, match="damaged.*python prepare_data.py"):
-            load_split(copy, "val")
-    load_split(copy, "val")
-    for name, array in arrays.items():
-        refused(**{name: None})                      # absent
-        refused(**{name: array[:-1]})                # too short
-        refused(**{name: array.astype(np.float32)})  # another type
-        refused(**{name: array.astype(object)})      # a pickle
-    offsets, tokens, labels, mask = (arrays[k].copy() for k in ("offsets", "tokens", "labels", "mask"))
-    offsets[3], tokens[5], labels[0], mask[0] = offsets[9], 60000, 200, True
-    shifted, endless = arrays["offsets"].copy(), arrays["tokens"].copy()
-    shifted[0], endless[-1] = 1, 0
-    for changes in (dict(offsets=offsets), dict(tokens=tokens), dict(labels=labels), dict(mask=mask),
-                    dict(offsets=shifted), dict(tokens=endless)):
-        refused(**changes)
-    for bad in (b"", b"junk", good[:-100], good[:5000]):
-        path.write_bytes(bad)
-        with pytest.raises(UserError, match="damaged"):
-            load_split(copy, "val")
-    for i in range(40):                              # one flipped byte, in the arrays or in the zip's fields
-        place = random.Random(i).randrange(len(good))
-        path.write_bytes(good[:place] + bytes([good[place] ^ 255]) + good[place + 1:])
-        try:
-            data = load_split(copy, "val")           # fine if the byte says nothing about the content
-        except UserError:
-            continue
-        assert all(np.array_equal(arrays[k], getattr(data, k)) for k in arrays)
-
-
-def test_damaged_problems_are_refused(copy):
-    path = copy / "val.jsonl"
-    lines = path.read_text().splitlines()
-    for content in ("\n".join(lines[:-1]), "junk", None):
-        path.write_text(content) if content is not None else path.unlink()
-        with pytest.raises(UserError, match="python prepare_data.py"):
-            load_split(copy, "val")
 
 
 # ---------------------------------------------------------------- the command line
@@ -896,11 +575,6 @@ def test_a_bad_command_is_one_line(tmp_path, capsys):
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and not result.stdout
 
 
-def test_an_unknown_tokenizer_is_refused():
-    with pytest.raises(UserError, match="gpt2 and arithmetic"):
-        load_tokenizer("gpt3")
-
-
 def test_a_users_own_file_is_never_written_over(tmp_path):
     """As where --source is the folder that the data would go to."""
     lines = "".join(json.dumps({"question": f"{i}?", "answer": f"#### {i}"}) + "\n" for i in range(8))
@@ -908,3 +582,72 @@ def test_a_users_own_file_is_never_written_over(tmp_path):
     message = error("jsonl", f"--source={tmp_path}", "--val=2", f"--out_dir={tmp_path}")
     assert "train.jsonl was not written by prepare_data.py" in message and "--out_dir" in message
     assert (tmp_path / "train.jsonl").read_text() == lines and sorted(os.listdir(tmp_path)) == ["train.jsonl"]
+
+
+# ---------------------------------------------------------------- what is told of a task that does not fit
+
+def test_a_group_that_the_task_does_not_have_is_named(tmp_path, monkeypatch):
+    """The recipe in tasks/__init__.py, with a group forgotten."""
+    def svamp(row, place, options):
+        return "", tasks.Problem("Question: ?\nAnswer:", " #### 1", "svamp", place=place)
+
+    files = {"train": ("train.jsonl",)}
+    task = tasks.Task(tasks.make_loader(svamp, files), tasks.scoring.read_number, tokenizer="arithmetic")
+    monkeypatch.setitem(TASKS, "svamp", task)
+    write_lines(tmp_path / "train.jsonl", [{}])
+    command = ["svamp", f"--source={tmp_path}", f"--out_dir={tmp_path}/out"]
+    assert "train.jsonl line 1 has the group ''" in error(*command)
+    monkeypatch.setitem(TASKS, "svamp", task._replace(groups=()))
+    main(command)
+    assert load_manifest(tmp_path / "out")["group_names"] == [""]
+
+
+def test_a_large_vocabulary_takes_wider_tokens():
+    """Token 70,000 does not fit 16 bits."""
+    split = tasks.problem.make_split([([1, 70_000], [2])], [0], 70_001)
+    assert split.tokens.dtype == np.uint32 and split.tokens.tolist() == [1, 70_000, 2]
+    assert split.mask.tolist() == [False, False, True] and split.offsets.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math", "mmlu", "humaneval", "mbpp"])
+def test_whatever_is_downloaded_is_pinned_by_size_and_hash(name, tmp_path, monkeypatch):
+    """A sign-in page in place of a file is then refused by plumbing/download.py."""
+    asked = []
+
+    def download(url, path, size=None, sha256=None):
+        asked.append((url, size, sha256))
+        raise UserError("no network")
+
+    monkeypatch.setattr(tasks.sources, "download", download)
+    with pytest.raises(UserError):
+        TASKS[name].load(TASKS[name].options(), tmp_path)
+    files = getattr(benchmarks, f"{name.upper()}_FILES", {"all": ("data.tar", *benchmarks.MMLU_TAR)})
+    asked += [known for _, *known in files.values() if known]
+    for url, size, sha256 in asked:
+        assert url.startswith("https:") and size > 10_000 and len(sha256) == 64
+        assert not any(branch in url for branch in ("/master/", "/main/"))
+
+
+@pytest.mark.skipif(not (SHARED / "benchmarks").is_dir(), reason="no ../shared/benchmarks")
+@pytest.mark.parametrize("files", [benchmarks.MBPP_FILES, benchmarks.HUMANEVAL_FILES])
+def test_the_pinned_hashes_are_those_of_the_files(files):
+    (name, _, size, sha256), = files.values()
+    data = (SHARED / "benchmarks" / name).read_bytes()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (size, sha256)
+
+
+def test_white_space_around_an_option_tells_nothing():
+    """In the published MMLU-Pro some options have it that are right, and others have not."""
+    row = {"question": "2 + 2?", "options": ["3", " 4", "5\u00a0", "6\n"], "answer": "B", "category": "math"}
+    assert tasks.mmlu_pro(row, "here", None)[1].prompt == "Question: 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:"
+
+
+def test_the_training_file_of_math_has_boxes_without_braces(tmp_path):
+    """A row of it, in full: TeX takes the next sign."""
+    row = {"problem": "What is the larger root of $2x^2 - 5x + 2$?", "level": "Level 3", "type": "Algebra",
+           "solution": "The roots are $1/2$ and $2$; the larger one is $\\boxed 2$."}
+    write_lines(tmp_path / "train.jsonl", [row | {"problem": f"{i}?"} for i in range(3)])
+    write_lines(tmp_path / "test.jsonl", [MATH])
+    main(["math", f"--source={tmp_path}", "--val=1", "--tokenizer=arithmetic", f"--out_dir={tmp_path}/out"])
+    p = load_problems(tmp_path / "out", "train")[0]
+    assert tasks.score(p, r" \boxed{2}") == (True, True, True) and not tasks.score(p, r" \boxed{1/2}").right
