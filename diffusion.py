@@ -176,7 +176,7 @@ class SamplerConfig:                # `--help` prints the comments of this class
 
     def __post_init__(self):
         at_least(self, steps=1, t_hold=0, t_end=0, stop=0, temperature=0, top_k=0)
-        require(self.steps <= 100_000, f"steps={self.steps}, but it must be at most 100000")
+        require(self.steps <= 1000, f"steps={self.steps}, but it must be at most 1000")
         require(self.t_end <= 1, f"t_end={self.t_end}, but it must be at most 1")
         require(self.temperature == 0 or self.temperature >= 1e-4, f"temperature={self.temperature}, but it "
                 "must be 0, for the most probable token, or at least 0.0001")

@@ -18,6 +18,9 @@ McNemar test. The texts are kept in out_dir/eval as they come: a run that was st
 They are scored anew each time, so no score of an older scorer is ever shown.
 """
 import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: idle threads wait less busily for the others
+
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from configurator import at_least, configure, require, run, without_effect
 from decode import DecodingConfig, fit_to_trunk, predict_given
+from diffusion import Tables
 from plumbing.dataset import Split, load_batch, load_manifest
 from plumbing.device import pick_device
 from plumbing.files import write_file
@@ -41,7 +45,7 @@ from plumbing.run_folder import data_changes
 from plumbing.sampling import find_group
 from plumbing.tokenizer import choice_tokens
 from plumbing.trace import format_trace
-from plumbing.trained import load
+from plumbing.trained import find_model, load
 from speculate import generate
 from tasks import TASKS, allow_code, few_shot, load_problems
 from tasks.answers import COSTS, answer_all, hash_of, hash_scorer
@@ -56,7 +60,7 @@ class Config(DecodingConfig):       # `--help` prints the comments of this class
     # how a token is predicted
     steps: str = "1,2,4,8,16"       # the T to compare
     # what to evaluate, on what
-    out_dir: str = "out/l2d_gsm8k"  # of train.py
+    out_dir: str = ""               # of train.py; empty: out/l2d_gsm8k, or demo if that is not there
     checkpoint: Literal["best", "last"] = "best"
     data_dir: str = ""              # empty: the data the checkpoint was trained on
     split: str = "val"              # test is for the end only
@@ -134,6 +138,7 @@ class Exam:
         self.device = self.model.trunk.wte.weight.device
         self.block_size = self.model.trunk.config.block_size
         self.subjects = [problem.subject or problem.task for problem in self.problems]
+        self.tables = Tables(self.model) if self.model.path is not None else None
 
     def sum(self, tensor):
         """Return the sum of a tensor over all ranks, on the CPU."""
@@ -319,7 +324,8 @@ def write_texts(exam, decoding, ids):
         batch, text_ids = zip(*wanted[start:start + config.batch_size])  # each sample has its own noise
         prompts = [exam.prompts[i] for i in batch]
         groups = [exam.groups[i] for i in batch]
-        outputs = generate(exam.model, prompts, exam.encoding.eot_token, decoding, groups, text_ids)
+        outputs = generate(exam.model, prompts, exam.encoding.eot_token, decoding, groups, text_ids,
+                           tables=exam.tables)
         for i, output in zip(batch, outputs):
             written[i].append(output)
     seconds = (time.time() - began) / len(ids)
@@ -437,9 +443,10 @@ def print_change(exam, answers):
 def main(argv=None):
     config = configure(Config, argv, __doc__)
     with ranks_of(pick_device(config.device), "lower batch_size, or use --dtype=bfloat16") as ranks:
+        out_dir = find_model(config.out_dir, ranks.say)
         with ranks.main_first():                                         # it may download a tokenizer
-            model, encoding, checkpoint = load(config.out_dir, config.checkpoint, config.device, config.dtype)
-        config = configure(Config, argv, __doc__, defaults=checkpoint["sampler"])
+            model, encoding, checkpoint = load(out_dir, config.checkpoint, config.device, config.dtype)
+        config = configure(Config, argv, __doc__, defaults=checkpoint["sampler"] | {"out_dir": out_dir})
         chosen = [f"--{name}={value}" for name, value in checkpoint["sampler"].items()
                   if getattr(config, name) == value]
         if chosen:

@@ -55,7 +55,7 @@ def measure_costs(model, rows):
 
 
 def time_of(f, device):
-    """Seconds of f(): the least of three repeats, or of fewer where they take long. It has run once before."""
+    """Seconds of f(): the least of three repeats, or of fewer where they take long, after a first run."""
     seconds = []
     while len(seconds) < 2 or len(seconds) < 4 and sum(seconds) < 0.1:
         if device.type == "cuda":

@@ -12,12 +12,12 @@ ABOUT_DEMO = ("a GPT with 0.7M parameters and its path. It solves small word pro
               "question, 78% of them at T = 2, and can do nothing else")
 
 
-def find_model(out_dir):
+def find_model(out_dir, say=print):
     """Return the folder of the model to use: out_dir; or if it is empty, out/l2d_gsm8k or else the demo's."""
     if out_dir or os.path.exists(os.path.join(DEFAULT, "best.pt")):
         return out_dir or DEFAULT
     demo = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), DEMO)
-    print(f"--- there is no {DEFAULT}, so this is the demo's model: {ABOUT_DEMO}")
+    say(f"--- there is no {DEFAULT}, so this is the demo's model: {ABOUT_DEMO}")
     return demo
 
 
