@@ -121,7 +121,7 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
 
 
 def normalise(formula):
-    r"""Return one spelling for all those of a formula, such as 1/2, .5, 0.50, \frac12, 0.5\text{ cm}, x = .5."""
+    r"""Return one spelling for all of a formula, such as 1/2, .5, 0.50, \frac12, 0.5\text{ cm}, x = .5."""
     # thousands, as in 10,\!000
     formula = re.sub(r"(?<=\d)(?:\{,\}|,\s*+\\!|\\,)(?:\s|\\[!,])*+(?=\d{3}(?!\d))", "", formula)
     formula = spell(re.sub(r"(?<![\d.])\.(?=\d|\\overline|\\dot|\\bar)", "0.", formula))
