@@ -170,7 +170,7 @@ def test_results(run, out_dir, arithmetic, encoding):
 def saying(monkeypatch, encoding, text):
     """Have texts written by text(steps, id) in place of the model, unless they are traced."""
     by_model = evaluate.generate
-    def generate(model, prompts, eot, decoding, groups, ids, trace=False):
+    def generate(model, prompts, eot, decoding, groups, ids, trace=False, tables=None):
         if trace:
             return by_model(model, prompts, eot, decoding, groups, ids, trace)
         return [Continuation(encoding.encode_ordinary(text(decoding.steps, i)), True, 10, 4, 5) for i in ids]
@@ -226,8 +226,8 @@ def test_votes(votes, run, out_dir, arithmetic, encoding):
 
 def test_no_more_texts_are_written_at_once_than_batch_size_says(run, monkeypatch):
     generate, sizes = evaluate.generate, []
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, *args: sizes.append(len(prompts)) or
-                        generate(model, prompts, *args))
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, *args, **named: sizes.append(len(prompts)) or
+                        generate(model, prompts, *args, **named))
     run("--steps=1", "--limit=4", "--votes=19", "--temperature=1")
     assert sizes == 4 * [8, 8, 3]
 
@@ -289,9 +289,9 @@ def test_other_problems_need_other_answers(run, arithmetic, tmp_path):
 def test_answers_are_filed_under_the_weights_that_were_loaded(run, out_dir, monkeypatch):
     """best.pt is replaced while its answers are written, as a training does."""
     loaded, generate = (out_dir / "best.pt").read_bytes(), evaluate.generate
-    def replaced(*args):
+    def replaced(*args, **named):
         (out_dir / "best.pt").write_bytes(b"of another step")
-        return generate(*args)
+        return generate(*args, **named)
     monkeypatch.setattr(evaluate, "generate", replaced)
     results, _ = run("--steps=1", "--limit=2")
     assert results["weights_sha256"] == hashlib.sha256(loaded).hexdigest()
@@ -418,11 +418,11 @@ SMALL = "--max_new_tokens=12", "--batch_size=8", "--steps=2", "--limit=30"
 
 def stop_in_the_third_batch(number):
     generate, calls = evaluate.generate, []
-    def stopping(*args):
+    def stopping(*args, **named):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), number)
-        return generate(*args)
+        return generate(*args, **named)
     evaluate.generate = stopping
 
 
@@ -635,9 +635,9 @@ def test_letters_that_the_trunk_knows(run, questions, encoding, monkeypatch, tmp
 def test_groups(run, arithmetic, monkeypatch):
     """use_group: every problem its own; group: the same for all; neither: none, which is index 4."""
     given, generate = {}, evaluate.generate
-    def spy(model, prompts, eot, decoding, groups, ids):
+    def spy(model, prompts, eot, decoding, groups, ids, **named):
         given.update(zip(ids, groups))
-        return generate(model, prompts, eot, decoding, groups, ids)
+        return generate(model, prompts, eot, decoding, groups, ids, **named)
     monkeypatch.setattr(evaluate, "generate", spy)
     def groups(*args):
         given.clear()
@@ -670,9 +670,9 @@ def test_shots(run, questions, encoding, monkeypatch, tmp_path):
     """Worked examples stand before each question, in the answers, the letters and the true answers alike."""
     asked, prompts = random_pair(tmp_path / "asked", load_manifest(questions), positions=256), {}
     generate = evaluate.generate
-    def spy(model, given, eot, decoding, groups, ids):
+    def spy(model, given, eot, decoding, groups, ids, **named):
         prompts.update(zip(ids, given))
-        return generate(model, given, eot, decoding, groups, ids)
+        return generate(model, given, eot, decoding, groups, ids, **named)
     monkeypatch.setattr(evaluate, "generate", spy)
     results, _ = run("--steps=1", "--shots=2", "--limit=12", out_dir=asked, data_dir=questions)
     problems, examples = load_problems(questions, "val")[:12], load_problems(questions, "dev")
@@ -752,9 +752,9 @@ def test_code_is_run_only_when_asked_to(run, arithmetic, encoding, monkeypatch, 
 def test_no_answer_is_longer_than_the_model(run, out_dir, monkeypatch):
     """--max_new_tokens of a thousand million is cut before anything is allocated for it."""
     seen, generate = [], evaluate.generate
-    def spy(*args):
+    def spy(*args, **named):
         seen.append(args[3].max_new_tokens)
-        return generate(*args)
+        return generate(*args, **named)
     monkeypatch.setattr(evaluate, "generate", spy)
     run("--steps=2", "--limit=2", "--max_new_tokens=1000000000")
     run("--steps=2", "--limit=3", "--max_new_tokens=128")
