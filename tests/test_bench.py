@@ -1,4 +1,4 @@
-"""bench.py and its rooms: counts against modules and torch's counters, acceptance, a tiny run of all."""
+"""bench/: counts against modules and torch's own counters, the share of drafts that is set, a tiny run of all."""
 import dataclasses
 import json
 import math
@@ -8,65 +8,81 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import error_of, says
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-from batches import batch_of
-from bench import Config
-from configurator import UserError
-from decode import Decoding
-from measure import SIZES, alternate, attention_of, decoding, memory, passes_of
-from measure.decoding import cost_of_a_pass, least_seconds, parameters, write
-from measure.memory import MODES, Meter, Trainee, random_pair, step_bytes
-from measure.training import flops_of, random_batch
+from bench import __main__ as script
+from bench import decoding, memory
+from bench.__main__ import Config
+from bench.compact_json import format_json
+from bench.costs import count_parameters, count_pass, count_passes, least_seconds
+from bench.decoding import write
+from bench.gpu_report import count_kernels
+from bench.memory import Meter, step_bytes
+from bench.models import MODES, SIZES, Trainee, random_pair
+from bench.timing import time_by_turns
+from bench.training import count_flops, random_batch
+from decode import DecodingConfig
 from model import Context, PathConfig
+from plumbing.dataset import load_batch
 
-CPU, FLOAT, TINY = torch.device("cpu"), torch.float32, SIZES["tiny"]
+CPU = torch.device("cpu")
+TINY = SIZES["tiny"]
+COUNTED = dict(zip(MODES, ("trunk", "trunk_lora", "l2d_full_path", "l2d_lora_path")))
 
 
 def numel(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
+def tiny_batch():
+    data, ids = random_batch(Config(model="tiny", train_batch=2))
+    return load_batch(data, ids, CPU)
+
+
 # --------------------------------------------------------------------------------------------- counted
 def test_known_numbers_of_gpt2():
-    n = parameters(SIZES["gpt2"], PathConfig())
+    n = count_parameters(SIZES["gpt2"], PathConfig())
     assert n["trunk"] == 124_439_808
     shown = [f"{x / 1e6:.2f}" for x in (n["l2d_lora_path"] - 256, n["path_lora"], n["modulation"])]
-    assert shown == ["19.98", "4.13", "15.00"]                           # without the label
-    cost = cost_of_a_pass(SIZES["gpt2"], PathConfig(), 80)
+    assert shown == ["19.98", "4.13", "15.00"]                    # without the group
+    cost = count_pass(SIZES["gpt2"], PathConfig(), 80)
     assert cost["trunk"]["kv"] == 80 * 12 * 2 * 768
     weights = {part: cost[part]["weights"] for part in cost}
     floor = 1 + 15 * (weights["path"] + weights["head"]) / (weights["trunk"] + weights["head"])
-    assert f"{floor:.1f}" == "14.3"                                      # T = 16 where reading weights is all
+    assert f"{floor:.1f}" == "14.3"                               # T = 16 where reading weights is all
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_formulas_count_the_parameters_of_the_modules(name):
-    n = parameters(SIZES[name], PathConfig())
-    with torch.device("meta"):                                           # shapes without memory
-        modes = ("frozen", "full"), ("frozen", "lora"), ("lora", "none")
-        model, lora, trunk_lora = (random_pair(SIZES[name], *mode) for mode in modes)
+    n = count_parameters(SIZES[name], PathConfig())
+    with torch.device("meta"):                                    # shapes without memory
+        model = random_pair(SIZES[name], "frozen", "full")
+        lora = random_pair(SIZES[name], "frozen", "lora")
+        trunk_lora = random_pair(SIZES[name], "lora", "none")
     trunk, path = model.trunk, model.path
-    heads = [block.modulation for block in path.h]
-    expected = {"trunk": numel(trunk), "trunk_blocks": numel(trunk.h), "head": numel(trunk.wte),
-                "modulation": numel(*heads), "path_blocks": numel(path.h) - numel(*heads), "W": numel(path.W),
-                "x_in": numel(path.x_in), "t_in_label_w": numel(path.t_in, path.label, path.w),
-                "l2d_full_path": numel(path), "l2d_lora_path": numel(lora.path),
-                "path_lora": numel(lora.path.h) - numel(*heads),
-                "trunk_lora": numel(trunk_lora) - numel(trunk)}
-    assert n == expected
+    modulations = [block.modulation for block in path.h]
+    assert n == {
+        "trunk": numel(trunk), "trunk_blocks": numel(trunk.h), "head": numel(trunk.wte),
+        "modulation": numel(*modulations), "path_blocks": numel(path.h) - numel(*modulations),
+        "W": numel(path.W), "x_in": numel(path.x_in), "t_in_group_w": numel(path.t_in, path.group, path.w),
+        "l2d_full_path": numel(path), "l2d_lora_path": numel(lora.path),
+        "path_lora": numel(lora.path.h) - numel(*modulations), "trunk_lora": numel(trunk_lora) - numel(trunk)}
 
 
 @pytest.mark.parametrize("path_mode", ["full", "lora"])
 def test_a_pass_costs_what_torch_counts(path_mode):
-    S, model = 24, random_pair(TINY, "frozen", path_mode).requires_grad_(False)
+    S = 24
+    model = random_pair(TINY, "frozen", path_mode).requires_grad_(False)
     trunk, path = model.trunk, model.path
-    cost = cost_of_a_pass(TINY, path.config, S)
+    cost = count_pass(TINY, path.config, S)
     cache = trunk(torch.zeros(1, S, dtype=torch.long))[1]
-    pos, mask, label = torch.tensor([S - 1]), torch.ones(1, 1, 1, S, dtype=torch.bool), torch.tensor([0])
-    condition, t = path.condition(torch.tensor([0.5]), label), torch.tensor([0.5])
+    pos = torch.tensor([S - 1])
+    mask = torch.ones(1, 1, 1, S, dtype=torch.bool)
+    group = torch.tensor([0])
+    t = torch.tensor([0.5])
+    condition = path.condition(t, group)
     c = Context(torch.zeros(1, 64), torch.tensor([3]), pos, cache, None, mask)
 
     def flops(f):
@@ -75,11 +91,11 @@ def test_a_pass_costs_what_torch_counts(path_mode):
         return counter.get_total_flops()
     assert flops(lambda: trunk(torch.tensor([[3]]), pos[:, None], cache, mask)) == cost["trunk"]["flops"]
     assert flops(lambda: trunk.head(torch.zeros(1, 64))) == cost["head"]["flops"]
-    one_call = flops(lambda: model(torch.zeros(1, 256), t, c, label, condition))
+    one_call = flops(lambda: model(torch.zeros(1, 256), t, c, group, condition))
     assert one_call == cost["path"]["flops"] + cost["head"]["flops"]
 
     used = numel(path.x_in, path.h) - numel(*(block.modulation for block in path.h))
-    if path_mode == "lora":                                              # no keys and values
+    if path_mode == "lora":                                       # no keys and values
         c_attn = [block.attn.c_attn for block in trunk.h]
         used += numel(trunk.h) - 2 * numel(*c_attn) // 3
     assert [cost[part]["weights"] for part in cost] == [numel(trunk.h), used, numel(trunk.wte)]
@@ -88,8 +104,8 @@ def test_a_pass_costs_what_torch_counts(path_mode):
 
 def test_passes_are_counted_and_cost_bytes_or_flops_whichever_is_slower():
     model = random_pair(TINY, "frozen", "full").requires_grad_(False)
-    config, prompts = Decoding(steps=3, max_new_tokens=5, draft=0), [[1, 2, 3], [4, 5, 6]]
-    passes, out = passes_of(model, lambda: write(model, prompts, 2, -1, config))
+    config = DecodingConfig(steps=3, max_new_tokens=5, draft=0, ahead=0)
+    passes, out = count_passes(model, lambda: write(model, [[1, 2, 3], [4, 5, 6]], 2, -1, config))
     assert passes == {("trunk", 6, 2): 1, ("trunk", 2, 2): 4, ("head", 2, 0): 15, ("path", 2, 2): 10}
     assert [o.predicted for o in out] == [5, 5]
     assert not any(m._forward_hooks for m in model.modules())
@@ -97,43 +113,47 @@ def test_passes_are_counted_and_cost_bytes_or_flops_whichever_is_slower():
     few = {("trunk", 4, 2): 3, ("head", 4, 0): 2}
     assert least_seconds(cost, few, 4, 1.0, math.inf) == 4 * (3 * 120 + 2 * 50)
     assert least_seconds(cost, few, 4, math.inf, 1.0) == 3 * 28 + 2 * 4
-    assert least_seconds(cost, few, 4, 4.0, 0.1) == 3 * 280 + 2 * 50     # 280 against 120; 40 against 50
+    assert least_seconds(cost, few, 4, 4.0, 0.1) == 3 * 280 + 2 * 50      # 280 against 120; 40 against 50
 
 
 # ------------------------------------------------------------------------------------------- measuring
 def test_variants_take_turns():
     order = []
     variants = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    seconds, peak = alternate(variants, 3, CPU, "turns")
+    seconds, peak = time_by_turns(variants, 3, CPU, "turns")
     assert "".join(order) == "abccbaabc" and not peak
     assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_attention_is_named():
+def test_attention_kernels_are_counted():
     q = torch.randn(1, 2, 8, 4)
     with sdpa_kernel([SDPBackend.MATH]):
-        found = attention_of(lambda: F.scaled_dot_product_attention(q, q, q))
+        found = count_kernels(lambda: F.scaled_dot_product_attention(q, q, q))
     assert found == {"aten::_scaled_dot_product_attention_math": 1}
-    twice = attention_of(lambda: [F.scaled_dot_product_attention(q, q, q) for _ in range(2)])
+    twice = count_kernels(lambda: [F.scaled_dot_product_attention(q, q, q) for _ in range(2)])
     assert twice == {"aten::_scaled_dot_product_flash_attention_for_cpu": 2}
 
 
 # -------------------------------------------------------------------------------------------- decoding
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
-def test_acceptance_is_set_and_no_number_of_drafts_or_steps_changes_the_text(share):
-    model = random_pair(TINY, "frozen", "full").requires_grad_(False)
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_the_share_of_drafts_is_set_and_no_speculation_or_steps_changes_the_text(share):
+    model = random_pair(TINY, "frozen", "full", path_init="paper").requires_grad_(False)
     prompts, n = [[5, 6], [7], [8, 9, 10]], 60
-    plain = write(model, prompts, 2, -1, Decoding(steps=1, max_new_tokens=n), share)
-    for steps, draft in ((4, 0), (4, 5), (2, 16)):
-        out = write(model, prompts, 2, -1, Decoding(steps=steps, max_new_tokens=n, draft=draft), share)
-        assert [o.tokens for o in out] == [o.tokens for o in plain]
+
+    def texts(batch=2, share=share, **options):
+        return write(model, prompts, batch, -1, DecodingConfig(max_new_tokens=n, **options), share)
+
+    def tokens(out):
+        return [o.tokens for o in out]
+    plain = tokens(texts(steps=1))
+    for steps, draft, ahead in ((4, 0, 0), (4, 5, 0), (2, 16, 0), (4, 0, 8), (4, 5, 8)):
+        out = texts(steps=steps, draft=draft, ahead=ahead)
+        assert tokens(out) == plain
         if draft:
             kept = 1 - sum(len(o.rejected) for o in out) / (len(prompts) * n)
             assert kept == pytest.approx(share, abs=0.12)
-    unchanged = write(model, prompts, 2, -1, Decoding(steps=1, max_new_tokens=n))
-    assert ([o.tokens for o in unchanged] == [o.tokens for o in plain]) == (share == 1)
-    rows = write(model, prompts, 1, -1, Decoding(steps=4, max_new_tokens=n), share)
-    assert [o.tokens for o in rows] == [o.tokens for o in plain]        # a row changes alike in every batch
+    assert (tokens(texts(steps=1, share=1.0)) == plain) == (share == 1)
+    assert tokens(texts(batch=1, steps=4)) == plain               # a row changes alike in every batch
 
 
 # -------------------------------------------------------------------------------------------- training
@@ -143,43 +163,41 @@ def test_batch_has_the_shape_of_gsm8k():
     assert lengths.mean() == pytest.approx(156, abs=8)
     assert np.quantile(lengths, 0.99) == pytest.approx(321, abs=40)
     assert lengths[ids].mean() == pytest.approx(156, abs=15)
-    idx, _, y, _ = batch_of(data, ids, CPU)
-    assert 1 - (lengths[ids] - 1).sum() / idx.numel() < 0.1              # padding
+    idx, _, y, _ = load_batch(data, ids, CPU)
+    assert 1 - (lengths[ids] - 1).sum() / idx.numel() < 0.1       # padding
     assert 0.4 < len(y) / idx.numel() < 0.8
-    again = random_batch(Config(train_batch=16))
-    assert (again[0].tokens == data.tokens).all() and (again[1] == ids).all()
+    again, ids_again = random_batch(Config(train_batch=16))
+    assert (again.tokens == data.tokens).all() and (ids_again == ids).all()
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_a_step_trains_what_it_should(name):
-    data, ids = random_batch(Config(model="tiny", train_batch=2))
-    trainee = Trainee(random_pair(TINY, *MODES[name]), batch_of(data, ids, CPU), FLOAT)
+    trainee = Trainee(random_pair(TINY, *MODES[name]), tiny_batch(), torch.float32)
     before = {key: p.clone() for key, p in trainee.model.named_parameters()}
-    n_flops = flops_of(trainee, CPU)
+    n_flops = count_flops(trainee, CPU)
     changed = {key for key, p in trainee.model.named_parameters() if not torch.equal(p, before[key])}
-    may = {key: p for key, p in trainee.model.named_parameters() if p.requires_grad}
-    counted = dict(zip(MODES, ("trunk", "trunk_lora", "l2d_full_path", "l2d_lora_path")))[name]
-    assert sum(p.numel() for p in may.values()) == parameters(TINY, PathConfig())[counted]
-    assert changed and changed <= may.keys()
-    if name == "full finetuning":                                        # forward, twice that for gradients
+    trained = {key: p for key, p in trainee.model.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == count_parameters(TINY, PathConfig())[COUNTED[name]]
+    assert changed and changed <= trained.keys()
+    if name == "full finetuning":                                 # forward, and twice that for gradients
         idx, _, y, _ = trainee.batch
-        (B, T), C, L = idx.shape, TINY.n_embd, TINY.n_layer
-        products = 2 * B * T * L * 12 * C * C + 4 * B * L * T * T * C + 2 * len(y) * TINY.vocab_size * C
+        (B, S), C, L = idx.shape, TINY.n_embd, TINY.n_layer
+        products = 2 * B * S * L * 12 * C * C + 4 * B * L * S * S * C + 2 * len(y) * TINY.vocab_size * C
         assert n_flops == 3 * products
 
 
 # ---------------------------------------------------------------------------------------------- memory
 def test_the_meter_sees_what_is_alive_and_no_more():
     with Meter() as meter:
-        x = torch.zeros(1000)                                            # 4,000 bytes
-        y = x.view(10, 100)[:5]                                          # no storage of its own
+        x = torch.zeros(1000)                                     # 4,000 bytes
+        y = x.view(10, 100)[:5]                                   # no storage of its own
         z = x + 1
         assert meter.now == meter.peak == 8000
         del z
         w = torch.zeros(500)
         assert (meter.now, meter.peak) == (6000, 8000)
         del x
-        assert meter.now == 6000 and len(y) == 5                         # y keeps it
+        assert meter.now == 6000 and len(y) == 5                  # y keeps it
         del y
     assert meter.now == 2000 == w.nbytes
 
@@ -187,16 +205,15 @@ def test_the_meter_sees_what_is_alive_and_no_more():
 @pytest.mark.parametrize("name", MODES)
 def test_fake_bytes_are_those_of_a_real_step(name):
     """Against torch.profiler's record of every allocation of a real step on the CPU: an independent count."""
-    data, ids = random_batch(Config(model="tiny", train_batch=2))
-    idx, at, y, label = batch = batch_of(data, ids, CPU)
-    stays, (peak,) = step_bytes(TINY, name, [(*idx.shape, len(y))], FLOAT)
-    trainee = Trainee(random_pair(TINY, *MODES[name]), batch, FLOAT)
-    trainee()
-    assert stays == pytest.approx(trainee.state_bytes(), rel=0.001)      # steps of the optimizer
-    given = sum(z.nbytes for z in (idx, *at, y, label))
+    idx, at, y, group = batch = tiny_batch()
+    stays, (peak,) = step_bytes(TINY, name, [(*idx.shape, len(y))], torch.float32)
+    trainee = Trainee(random_pair(TINY, *MODES[name]), batch, torch.float32)
+    trainee.step()
+    assert stays == pytest.approx(trainee.state_bytes(), rel=0.001)       # the optimizer counts its steps
+    given = sum(z.nbytes for z in (idx, *at, y, group))
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(profile_memory=True, activities=cpu) as profile:
-        trainee()
+        trainee.step()
     events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
                     key=lambda e: e.start_ns())
     real = trainee.state_bytes() + given + np.cumsum([e.nbytes() for e in events]).max()
@@ -204,19 +221,20 @@ def test_fake_bytes_are_those_of_a_real_step(name):
 
 
 def test_memory_of_gpt2_by_hand():
-    """12 bytes stay for a parameter that trains, 4 for a frozen one. Logits are there at least thrice, in
+    """A parameter that trains takes 12 bytes that stay, a frozen one 4. Logits are there at least three times: in
     bfloat16, in float32, and as log-probabilities."""
-    n, n_targets, size = parameters(SIZES["gpt2"], PathConfig()), 8 * 96, SIZES["gpt2"]
-    stays, (small, large) = step_bytes(size, "L2D, full path", [(4, 159, 4 * 96), (8, 159, n_targets)])
+    size = SIZES["gpt2"]
+    n = count_parameters(size, PathConfig())
+    stays, (small, large) = step_bytes(size, "L2D, full path", [(4, 159, 4 * 96), (8, 159, 8 * 96)])
     assert stays == pytest.approx(4 * n["trunk"] + 12 * n["l2d_full_path"], rel=0.001)
-    assert large - stays > n_targets * 50257 * (2 + 4 + 4)
+    assert large - stays > 8 * 96 * 50257 * (2 + 4 + 4)
     assert 1.5 < (large - stays) / (small - stays) < 2
 
 
 def test_docs_memory_is_what_memory_py_writes():
-    """By two of its rows, text and all."""
-    written = memory.text({"gpt2": SIZES["gpt2"]}, ["L2D, full path"])
-    lines = (Path(bench.__file__).parent / "docs/MEMORY.md").read_text().splitlines()
+    """By two of its rows, and all of its text."""
+    written = memory.format_page({"gpt2": SIZES["gpt2"]}, ["L2D, full path"])
+    lines = (Path(script.__file__).parent.parent / "docs/MEMORY.md").read_text().splitlines()
     assert written.count("| gpt2 |") == 2 and all(line in lines for line in written.splitlines())
 
 
@@ -226,11 +244,11 @@ def test_the_table_says_what_fits(monkeypatch):
         assert all(n_targets == n * (96 if length == 159 else 228) for n, length, n_targets in shapes[:4])
         return 5e8, [found[n, length] for n, length, *_ in shapes]
     monkeypatch.setattr(memory, "step_bytes", fake)
-    text = memory.text({"gpt2": None}, ["L2D, full path"])
+    text = memory.format_page({"gpt2": None}, ["L2D, full path"])
     assert "| gpt2 | L2D, full path | 0.5 | 2.0 | 20.0 | 7.0 | 1.0 | 7.1 |" in text
-    assert "| gpt2 | L2D, full path | 4 | 4 | 1 | 1 |" in text           # 7.1 < 7.2, 20 < 21.6
-    found[32, 438] = 7.3e9                                               # validation alone is too much
-    assert "| gpt2 | L2D, full path | - | 4 | 1 | 1 |" in memory.text({"gpt2": None}, ["L2D, full path"])
+    assert "| gpt2 | L2D, full path | 4 | 4 | 1 | 1 |" in text    # 7.1 < 7.2, 20 < 21.6
+    found[32, 438] = 7.3e9                                        # validation alone is too much
+    assert "| gpt2 | L2D, full path | - | 4 | 1 | 1 |" in memory.format_page({"gpt2": None}, ["L2D, full path"])
 
 
 def test_a_batch_without_gradients_takes_less():
@@ -241,8 +259,8 @@ def test_a_batch_without_gradients_takes_less():
 # ------------------------------------------------------------------------------------------ end to end
 def run_main(tmp_path, *options):
     out = tmp_path / "deep" / "bench.json"
-    bench.main(["--model=tiny", "--prompt=5", "--new_tokens=6", "--repeats=2", f"--out={out}", "--device=cpu",
-                "--train_batch=2", "--train_prompt=6", "--train_answer=9", *options])
+    script.main(["--model=tiny", "--prompt=5", "--new_tokens=6", "--repeats=2", f"--out={out}", "--device=cpu",
+                 "--train_batch=2", "--train_prompt=6", "--train_answer=9", *options])
     return json.loads(out.read_text())
 
 
@@ -269,6 +287,15 @@ def test_decoding_from_end_to_end(tmp_path, capsys):
     assert "50% kept" in capsys.readouterr().out
 
 
+def test_decoding_of_a_trained_run(l2d, tmp_path):
+    """Its own prompts and its own drafts, with and without --stop."""
+    result = run_main(tmp_path, f"--out_dir={l2d}", "--steps=1,4", "--batch=2", "--texts=3", "--draft=0,4", "--stop=0.5")
+    rows = result["decode"]["2"]["rows"]
+    assert list(rows) == ["plain", "T=4, no drafts", "T=4, drafts up to 4", "T=4, no drafts, stop=0.5",
+                          "T=4, drafts up to 4, stop=0.5"]
+    assert all(row["same"] for row in rows.values()) and rows["T=4, no drafts"]["NFE"] == 3
+
+
 def test_the_report_for_a_gpu_in_its_small_form(tmp_path, capsys):
     """Checks, decoding, training, memory, on the CPU."""
     result = run_main(tmp_path, "--gpu_report", "--steps=4", "--batch=1", "--draft=0,4", "--acceptance=0.8")
@@ -286,9 +313,8 @@ def test_the_report_for_a_gpu_in_its_small_form(tmp_path, capsys):
 
 
 def test_a_check_that_fails_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "check", lambda *_: {"ranks": (False, "off")})
-    with pytest.raises(UserError, match="check ranks"):
-        run_main(tmp_path, "--gpu_report", "--decode=False")
+    monkeypatch.setattr(script, "run_checks", lambda *_: {"ranks": (False, "off")})
+    says(error_of(run_main, tmp_path, "--gpu_report", "--decode=False"), "check ranks")
 
 
 def test_tokens_that_differ_are_an_error(tmp_path, monkeypatch):
@@ -297,40 +323,38 @@ def test_tokens_that_differ_are_an_error(tmp_path, monkeypatch):
         out = real(model, prompts, batch, eot, config, acceptance)
         return [dataclasses.replace(o, tokens=[0] + o.tokens) for o in out] if config.steps == 2 else out
     monkeypatch.setattr(decoding, "write", wrong)
-    with pytest.raises(UserError) as e:
-        run_main(tmp_path, "--steps=2,3", "--batch=1", "--draft=0")
-    assert "T=2, no drafts at batch 1" in str(e.value) and "T=3" not in str(e.value)
+    message = error_of(run_main, tmp_path, "--steps=2,3", "--batch=1", "--draft=0")
+    assert "T=2, no drafts at batch 1" in message and "T=3" not in message
     assert json.loads((tmp_path / "deep" / "bench.json").read_text())["decode"]
 
 
 @pytest.mark.parametrize("option, expected", [
-    ("--model=gpt3", "gpt2-medium"), ("--steps=1,x", "numbers from 1 to"),
-    ("--steps=", "numbers from 1 to"), ("--steps=0", "numbers from 1 to"),
-    ("--batch=-1", "numbers from 1 to"), ("--draft=-1", "numbers from 0 to"),
-    ("--acceptance=1.5", "numbers from 0 to 1"), ("--acceptance=nan", "numbers from 0 to 1"),
-    ("--stop=-1", "stop=-1.0"), ("--repeats=0", "at least 1"), ("--train_answer=1000", "1060"),
-    ("--prompt=1020", "1068, but tiny has 1024 positions"), ("--dtype=int8", "bfloat16"),
-    ("--stesp=3", "did you mean --steps?"), ("--out=/dev/null/x.json", "/dev/null/x.json"),
+    ("--steps=1,x", "numbers from 1 to"), ("--steps=", "numbers from 1 to"), ("--steps=0", "numbers from 1 to"),
+    ("--draft=-1", "numbers from 0 to"), ("--acceptance=1.5", "numbers from 0 to 1"),
+    ("--acceptance=nan", "numbers from 0 to 1"), ("--stop=-1", "stop=-1.0"), ("--train_answer=1000", "1060"),
+    ("--prompt=1020", "1068, but tiny has 1024 positions"), ("--out=/dev/null/x.json", "/dev/null/x.json"),
     ("--out_dir=/nowhere", "/nowhere/best.pt"), ("--decode=False", "nothing to measure")])
-def test_bad_options_give_one_line(option, expected, tmp_path):
+def test_bad_options_give_one_line_and_change_no_file(option, expected, tmp_path):
     good = tmp_path / "bench.json"
     good.write_text('{"parameters": 1}')
-    with pytest.raises(UserError) as e:
-        bench.main(["--model=tiny", f"--out={good}", option])
-    message = str(e.value)
-    assert message.startswith("error: ") and "\n" not in message and expected in message
-    assert good.read_text() == '{"parameters": 1}' and [*tmp_path.iterdir()] == [good]      # a mistake changes no file
+    says(error_of(script.main, ["--model=tiny", f"--out={good}", option]), expected)
+    assert good.read_text() == '{"parameters": 1}' and [*tmp_path.iterdir()] == [good]
 
 
-def test_a_file_that_is_not_benchs_own_is_not_written_over(tmp_path):
+def test_a_file_of_somebody_else_is_not_written_over(tmp_path):
     for text in ("precious", "[]", '{"mine": 1}'):
         (tmp_path / "x").write_text(text)
-        with pytest.raises(UserError, match="was not written by bench.py"):
-            bench.main(["--model=tiny", f"--out={tmp_path / 'x'}"])
+        says(error_of(script.main, ["--model=tiny", f"--out={tmp_path / 'x'}"]), "was not written by python -m bench")
         assert (tmp_path / "x").read_text() == text
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_that_is_not_there():
-    with pytest.raises(UserError, match="device=cuda"):
-        bench.main(["--model=tiny", "--device=cuda"])
+# ------------------------------------------------------------------------------------------------ JSON
+def test_compact_json_is_the_same_json_with_one_row_a_line():
+    value = {"name": "x ± y", "empty": {}, 3: None, "settings": {"a": 1},
+             "groups": {"g": {"n": 0.1, "rows": [{"T": 1, "all": [1e-30, 2]}, {"T": 2, "all": [True, []]}]}}}
+    for levels in range(6):
+        assert json.loads(format_json(value, levels)) == json.loads(json.dumps(value))
+    assert format_json(value, 0) == json.dumps(value)
+    lines = [line.strip() for line in format_json(value, 4).splitlines()]
+    assert '{"T": 1, "all": [1e-30, 2]},' in lines and '"settings": {"a": 1},' in lines
+    assert format_json(value, 9).count("\n") > format_json(value, 4).count("\n")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
 import chains
 
 import diffusion
@@ -15,7 +16,7 @@ import diffusion
 def test_every_answer_is_the_end_of_the_chain_that_the_pairs_show():
     rng = random.Random(0)
     for most_links in (1, 3, 9):
-        idx, (rows, columns), y, links = chains.batch(rng, 20, most_links)
+        idx, (rows, columns), y, links = chains.draw_batch(rng, 20, most_links)
         assert max(links) <= most_links
         for row, column, answer, n_links in zip(rows.tolist(), columns.tolist(), y.tolist(), links):
             tokens = idx[row].tolist()
@@ -38,13 +39,31 @@ def test_blocks_applied_once_are_the_trunk():
 
 
 def test_training_and_test_ask_at_the_same_times():
-    """The path is sampled at the times it was trained at, those of nll's sampler: t_hold, ..., t_hold, t_end."""
-    sampler = diffusion.Sampler(steps=6, **chains.HOW)
-    assert sampler == diffusion.Sampler(steps=6, solver="fixed_point", guess="mean")
-    assert sampler.plan(torch.zeros(1, 4))[0] == [0, .5, .5, .5, .5, .9]
+    """The path is sampled at the times it was trained at: t_hold, ..., t_hold, t_end."""
+    config = diffusion.SamplerConfig(steps=6, **chains.UNROLLED)
+    assert config.plan(torch.zeros(1, 4))[0] == [0, .5, .5, .5, .5, .9]
 
 
 def test_an_interval_is_that_of_paired_sequences():
-    a, b = [0, 4, 8, 4], [4, 4, 8, 8]                             # right answers of two seeds, of 8 a sequence
-    mean, half = chains.interval(a, b, n_seeds=2)
+    a, b = [0, 4, 8, 4], [4, 4, 8, 8]                             # right answers of two seeds, of 8 per sequence
+    mean, half = chains.find_interval(a, b, n_seeds=2)
     assert mean == pytest.approx(0.25) and half == pytest.approx(1.96 * (1 / 12) ** 0.5 / 2)
+
+
+def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """A trunk, L2D and a control of few steps, their table, and the trace of one answer."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(chains, "OUT", tmp_path / "out")
+    monkeypatch.setattr(chains, "HERE", tmp_path)
+    monkeypatch.setattr(chains, "STEPS", (1, 2, 8))
+    monkeypatch.setattr(chains.test, "__defaults__", (chains.TEST_SEED, 50, 25))
+    monkeypatch.setattr(chains, "plan_training", lambda method: ([(3, 3, 4)], 1e-3, 4))
+    for method in ("trunk", "l2d", "loop8"):
+        chains.main([f"--method={method}"])
+    chains.main(["--method=table"])
+    printed = capsys.readouterr().out
+    assert "| L2D | 8 |" in printed and "L2D, at T = 8 minus blocks applied 8 times, seeds [0]" in printed
+    assert '   {"steps": 8, "right"' in (tmp_path / "chains.json").read_text()
+    chains.main(["--method=trace", "--links=3", "--steps=5"])
+    chain, guesses = capsys.readouterr().out.splitlines()
+    assert chain.count("->") == 3 and len(guesses.split()) == 1 + 5

@@ -1,58 +1,54 @@
-"""experiments/results.py: what it says of evaluations made by hand, against numbers worked out by hand."""
-import importlib.util
+"""experiments/: results.py on evaluations made by hand, with numbers worked out by hand; the commands and files."""
 import json
 import math
+import shlex
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from helpers import error_of, says
 
 import evaluate
-from configurator import UserError
-from exam import KINDS
-from exam.report import wilson
+import train
+from configurator import configure
+from tasks.report import KINDS, wilson
 
-path = Path(__file__).parent.parent / "experiments/results.py"
-spec = importlib.util.spec_from_file_location("results", path)
-results = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(results)
-
-COUNTS = "fits", "ended", "flexible", "well_formed", "predicted", "nfe", "computed"
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+import results
 
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """tree(name, {T: strict of each problem}, **settings) writes an evaluation as evaluate.py does."""
+    """tree(name, {T: whether each problem is right}, **settings) writes an evaluation as evaluate.py does."""
     monkeypatch.chdir(tmp_path)
-    def make(name, right, key="0123abcd", answers=True, nll=1.0, split="test", **settings):
+    def make(name, right, key="0123abcd", nll=1.0, split="test", **settings):
         folder = tmp_path / "out" / name / "eval"
         folder.mkdir(parents=True, exist_ok=True)
         rows = []
         for T, strict in right.items():
-            n, file = len(strict), f"{split}_{key}_steps{T}.jsonl"
+            n = len(strict)
             kinds = {kind: {"n": 1, "accuracy": 0.25, "nfe": T - 1} for kind in KINDS}
             rows.append({"steps": T, "solver": "euler", "token_accuracy": 0.5, "nll": nll,
                          "teacher_forced_n": n, "n": n, "by_kind": kinds, "strict": sum(strict) / n,
-                         "interval": wilson(sum(strict), n), "flexible": 1.0,
-                         "well_formed": 0.75, "cut": 0.25, "tokens": 9, "nfe": T - 1, "answers": file})
-            if answers:                                            # in another order than the problems'
-                fields = {"output": "", "seconds": 1} | dict.fromkeys(COUNTS, 1)
-                lines = [json.dumps({"id": i, "strict": s} | fields) + "\n" for i, s in enumerate(strict)]
-                (folder / file).write_text("\n" + "".join(lines[::-1]))
+                         "interval": wilson(sum(strict), n), "right": strict, "flexible": 1.0,
+                         "well_formed": 0.75, "cut": 0.25, "tokens": 9, "nfe": T - 1})
         steps = ",".join(map(str, right))
         config = asdict(evaluate.Config(out_dir=f"out/{name}", split=split, steps=steps, **settings))
-        run = {"config": config, "rows": rows, "weights_sha256": f"sha of {name}", "commit": "c0ffee",
-               "command": f"evaluate.py {name}", "torch": "2.0", "python": "3", "machine": "m",
-               "problems_sha256": "of the problems"}
+        run = {"config": config, "depends": {}, "rows": rows, "weights_sha256": f"sha of {name}", "commit": "c0ffee",
+               "command": f"evaluate.py {name}", "torch": "2.0", "python": "3", "machine": "m"}
         part = f"_first{settings['limit']}" if settings.get("limit") else ""
-        (folder / f"{split}{part}_{key}.json").write_text(json.dumps(run))
-        return folder
+        path = folder / f"{split}{part}_{key}.json"
+        path.write_text(json.dumps(run))
+        return path
     return make
 
 
 def read(*args):
     results.main(list(args))
-    return json.loads(open("experiments/results_test.json").read())["groups"]
+    return json.loads(Path("experiments/results_test.json").read_text())["groups"]
 
 
 def three_seeds(tree):
@@ -66,14 +62,14 @@ def three_seeds(tree):
 
 def test_means_and_pooled_pairs(tree, capsys):
     three_seeds(tree)
-    (name, group), = read().items()
-    assert name == "a" and group["n"] == 10 and group["settings"] == {}
-    assert [run["seed"] for run in group["runs"]] == [0, 1, 12]
-    assert group["runs"][2] == {
+    (name, condition), = read().items()
+    assert name == "a" and condition["n"] == 10 and condition["settings"] == {}
+    assert [run["seed"] for run in condition["runs"]] == [0, 1, 12]
+    assert condition["runs"][2] == {
         "seed": 12, "path": "out/a_s12/eval/test_0123abcd.json", "command": "evaluate.py a_s12",
         "commit": "c0ffee", "torch": "2.0", "machine": "m", "weights_sha256": "sha of a_s12"}
-    one, two, eight = group["rows"]
-    assert [(row["steps"], row["seeds"]) for row in group["rows"]] == [(T, [0, 1, 12]) for T in (1, 2, 8)]
+    one, two, eight = condition["rows"]
+    assert [(row["steps"], row["seeds"]) for row in condition["rows"]] == [(T, [0, 1, 12]) for T in (1, 2, 8)]
     def close(mean, sd, values):
         return {"mean": pytest.approx(mean), "sd": pytest.approx(sd), "values": values}
     assert one["strict"] == close(0.3, 0, [0.3] * 3)
@@ -97,27 +93,29 @@ def test_means_and_pooled_pairs(tree, capsys):
     assert "| 8 | 7.00 | 0.800 ± 0.200 | 0.800, 0.600, 1.000 | 7 / 1, 0.07 | 5 / 0, 0.062 |" in printed
     rows = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and {row.count("|") for row in rows} == {10}
+    lines = Path("experiments/results_test.json").read_text().splitlines()
+    assert [line.lstrip()[:11] for line in lines].count('{"steps": 2') == 1      # a row of the table is a line
 
 
-def test_groups(tree):
-    """A trailing _s<digits> is the training seed; settings that change answers make a group, others not."""
+def test_conditions(tree):
+    """A trailing _s<digits> is the training seed; settings that change answers make a condition, others do not."""
     tree("a", {1: [1, 0]})
     tree("a_s3", {1: [1, 1]}, batch_size=3, draft=0, mistakes=0, device="cpu")
-    tree("a_s3", {1: [1]}, key="00000006", limit=1)                 # of the first problem only
+    tree("a_s3", {1: [1]}, key="00000006", limit=1)               # of the first problem only
     tree("a_small", {1: [0, 0]})
     tree("a_s1_b", {1: [0, 0]})
     tree("a", {1: [0, 1]}, key="00000001", temperature=0.7, votes=5)
     tree("a_s3", {1: [0, 1]}, key="00000002", temperature=0.7, votes=5)
     tree("a_s3", {1: [0, 1]}, key="00000003", temperature=0.7)
-    tree("a", {2: [0, 1]}, key="00000004", solver="adaptive", use_label=True)
-    tree("a", {1: [1, 1]}, key="00000005", split="test_hard")      # another split, whose name begins alike
-    groups = read()
-    assert {name: [run["seed"] for run in group["runs"]] for name, group in groups.items()} == {
+    tree("a", {2: [0, 1]}, key="00000004", solver="adaptive", use_group=True)
+    tree("a", {1: [1, 1]}, key="00000005", split="test_hard")     # another split, whose name begins alike
+    conditions = read()
+    assert {name: [run["seed"] for run in condition["runs"]] for name, condition in conditions.items()} == {
         "a": [0, 3], "a_small": [0], "a_s1_b": [0], "a:temperature=0.7:votes=5": [0, 3],
-        "a:temperature=0.7": [3], "a:limit=1": [3], "a:solver=adaptive:use_label=True": [0]}
-    assert groups["a:temperature=0.7:votes=5"]["settings"] == {"temperature": 0.7, "votes": 5}
-    assert groups["a"]["rows"][0]["strict"]["values"] == [0.5, 1.0]
-    assert groups["a_small"]["rows"][0]["strict"] == {"mean": 0, "sd": None, "values": [0]}
+        "a:temperature=0.7": [3], "a:limit=1": [3], "a:solver=adaptive:use_group=True": [0]}
+    assert conditions["a:temperature=0.7:votes=5"]["settings"] == {"temperature": 0.7, "votes": 5}
+    assert conditions["a"]["rows"][0]["strict"]["values"] == [0.5, 1.0]
+    assert conditions["a_small"]["rows"][0]["strict"] == {"mean": 0, "sd": None, "values": [0]}
 
 
 def test_seeds_with_other_steps(tree, capsys):
@@ -132,64 +130,65 @@ def test_seeds_with_other_steps(tree, capsys):
     assert "vs T = 4 |" in printed and "| 1 | 0.00 | 0.333 [0.061, 0.792] | 0.333 (seeds 0) |" in printed
 
 
-def test_without_all_answers(tree, capsys):
-    """No pairs where a file of answers is missing, shorter or cut; longer is fine: the run's own count."""
-    right = {1: [0, 0, 1], 2: [1, 1, 1]}
-    folders = {name: tree(name, right, answers=name != "gone") for name in ("gone", "short", "cut", "long")}
-    def path(name):
-        return folders[name] / "test_0123abcd_steps2.jsonl"
-    path("short").write_text(path("short").read_text().split("\n", 2)[2])
-    path("cut").write_text(path("cut").read_text().rstrip("}\n"))
-    more = {"id": 3, "strict": 0, "output": "", "seconds": 1} | dict.fromkeys(COUNTS, 1)
-    path("long").write_text(path("long").read_text() + json.dumps(more) + "\n")
-    two = {name: group["rows"][1] for name, group in read().items()}
-    assert [name for name, row in two.items() if "vs_one" in row] == ["long"] and len(two) == 4
-    assert two["long"]["vs_one"]["gained"] == 2 and all(row["strict"]["mean"] == 1 for row in two.values())
-
-
 def test_teacher_forced_only(tree, capsys):
-    """--exact_match=False: a group of its own, with the numbers that it has."""
-    folder = tree("a", {1: [0, 1], 2: [1, 1]}, answers=False, exact_match=False)
-    run = json.loads((folder / "test_0123abcd.json").read_text())
+    """--exact_match=False: a condition of its own, with the numbers that it has."""
+    path = tree("a", {1: [0, 1], 2: [1, 1]}, exact_match=False)
+    run = json.loads(path.read_text())
     kept = "steps", "n", "solver", "token_accuracy", "nll", "teacher_forced_n", "by_kind"
     run["rows"] = [{k: row[k] for k in kept} for row in run["rows"]]
-    (folder / "test_0123abcd.json").write_text(json.dumps(run))
-    (name, group), = read().items()
-    assert name == "a:exact_match=False" and group["n"] == 2
-    assert not {"strict", "vs_one"} & group["rows"][1].keys()
+    path.write_text(json.dumps(run))
+    (name, condition), = read().items()
+    assert name == "a:exact_match=False" and condition["n"] == 2
+    assert not {"strict", "vs_one"} & condition["rows"][1].keys()
     assert "| 2 |  |  |  |  |  | 0.5000 | 0.250 (1.00) | 1.0000 |" in capsys.readouterr().out
 
 
-def says(parts, *args):
-    with pytest.raises(UserError) as error:
-        results.main(list(args))
-    message = str(error.value)
-    assert message.startswith("error: ") and "\n" not in message
-    assert all(part in message for part in parts), message
+def test_what_evaluate_writes_is_read(l2d, tmp_path, monkeypatch):
+    """A real evaluation, and its pairs."""
+    evaluate.main([f"--out_dir={l2d}", "--limit=4", "--steps=1,2", "--max_new_tokens=8", "--mistakes=0"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run_s1").symlink_to(l2d)
+    monkeypatch.chdir(tmp_path)
+    results.main(["--split=val"])
+    conditions = json.loads(Path("experiments/results_val.json").read_text())["groups"]
+    assert conditions["run:limit=4"]["n"] == 4
+    one, two = conditions["run:limit=4"]["rows"]
+    assert two["vs_one"]["steps"] == 1 and two["nfe"]["mean"] == 1 and one["seeds"] == [1]
+
+
+def main_says(args, *parts):
+    says(error_of(results.main, args), *parts)
 
 
 def test_errors(tree, tmp_path):
-    says(["out/*/eval/test_*.json", "python evaluate.py --split=test"])
-    says(["draw=''", "--draw=experiments/results_test.json"], "--show=a")
-    says(["draw='x.json'", "--show="], "--draw=x.json")
-    tree("a", {1: [0, 1]})
-    says(["cannot write /proc/none/x.json"], "--out=/proc/none/x.json")
-    tree("a", {1: [0, 1]}, key="00000001", seed=1)
-    says(["out/a/eval/test_00000001.json and out/a/eval/test_0123abcd.json", "move one"])
-    (tmp_path / "out/a/eval/test_00000001.json").unlink()
-    tree("a_s1", {1: [0, 1, 1]})
-    says(["runs of a ", "out/a/eval/test_0123abcd.json: 2", "out/a_s1/eval/test_0123abcd.json: 3"])
+    main_says([], "out/*/eval/test_*.json", "python evaluate.py --split=test")
+    main_says(["--show=a"], "draw=''", "--draw=experiments/results_test.json")
+    main_says(["--draw=x.json"], "draw='x.json'", "--show=")
+    path = tree("a", {1: [0, 1]})
+    main_says(["--out=/proc/none/x.json"], "cannot write /proc/none/x.json")
+    again = tree("a", {1: [0, 1]}, key="00000001", seed=1)
+    main_says([], "out/a/eval/test_00000001.json and out/a/eval/test_0123abcd.json", "move one")
+    again.unlink()
+    other = tree("a_s1", {1: [0, 1, 1]})
+    main_says([], "runs of a ", "out/a/eval/test_0123abcd.json: 2", "out/a_s1/eval/test_0123abcd.json: 3")
+    other.unlink()
+    good = path.read_text()
+    for bad in (good.replace("by_kind", "kinds"), good[:50], "{}"):
+        path.write_text(bad)
+        main_says([], "test_0123abcd.json is damaged or of another version")
 
 
 def test_draw_errors(tree):
     pytest.importorskip("matplotlib")
-    tree("a", {2: [0, 1]})
+    path = tree("a", {2: [0, 1]})
     tree("c", {2: [1, 1]})
     read()
-    says(["cannot read nothing.json"], "--draw=nothing.json", "--show=a")
-    says(["'b'", "its groups: a"], "--draw=experiments/results_test.json", "--show=a,b")
-    says(["T = 1", "'a'"], "--draw=experiments/results_test.json", "--show=a", "--lines=a")
-    says(["names='x' are 1", "2 groups"], "--draw=experiments/results_test.json", "--show=a,c", "--names=x")
+    drawn = "--draw=experiments/results_test.json"
+    main_says(["--draw=nothing.json", "--show=a"], "cannot read nothing.json")
+    main_says([f"--draw={path}", "--show=a"], "it has no groups")
+    main_says([drawn, "--show=a,b"], "'b'", "its conditions: a")
+    main_says([drawn, "--show=a", "--lines=a"], "T = 1", "'a'")
+    main_says([drawn, "--show=a,c", "--names=x"], "names='x' are 1", "2 conditions")
 
 
 def test_draw(tree, tmp_path, monkeypatch, capsys):
@@ -227,14 +226,48 @@ def test_draw(tree, tmp_path, monkeypatch, capsys):
     assert sorted({*height}) == pytest.approx([0.5 - sd, 0.5 + sd])
 
 
-def test_files_of_another_kind_are_one_line(tree, tmp_path):
-    path = tree("a", {1: [0, 1]}) / "test_0123abcd.json"
-    good = path.read_text()
-    for bad in (good.replace("by_kind", "kinds"), good[:50], "{}"):
-        path.write_text(bad)
-        with pytest.raises(UserError, match="test_0123abcd.json is damaged or of another version"):
-            results.main([])
-    path.write_text(good)
-    (tmp_path / "docs").mkdir(exist_ok=True)
-    with pytest.raises(UserError, match="it has no groups"):
-        results.main([f"--draw={path}", "--show=a"])
+# ------------------------------------------------------------------------------------ commands and files
+def test_every_command_of_experiments_sh_has_options_that_exist(monkeypatch):
+    """Each is parsed and checked as its script would do; nothing runs."""
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    listed = subprocess.run(["bash", "experiments/experiments.sh", "--list"], capture_output=True, text=True, check=True)
+    kinds = {"train.py": train.Config, "evaluate.py": evaluate.Config, "experiments/results.py": results.Config}
+    commands = [shlex.split(line) for line in listed.stdout.splitlines()]
+    assert {command[1] for command in commands} == set(kinds)
+    for python, name, *options in commands:
+        assert python == "python"
+        configure(kinds[name], options)
+
+
+def test_every_script_finds_the_project_without_pythonpath(tmp_path):
+    """From any folder: one is run, and all have the line that does it."""
+    command = [sys.executable, EXPERIMENTS / "results.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/usr/bin"})
+    assert done.returncode == 0 and "Options, with their defaults" in done.stdout, done.stderr
+    for script in EXPERIMENTS.glob("*.py"):
+        assert "\nsys.path.insert(0, str(Path(__file__).resolve().parent.parent))" in script.read_text(), script
+
+
+def test_guidance_counts_styles_and_right_answers(l2d, arithmetic):
+    import guidance
+    config = guidance.Config(data_dir=str(arithmetic), split="val", limit=3, steps=2)
+    found = guidance.measure_run(str(l2d), config, [("", 1.0), ("3 steps", 2.0)])
+    assert found.keys() == {("", 1.0), ("3 steps", 2.0)}
+    assert all(0 <= share <= 1 for shares in found.values() for share in shares)
+
+
+def test_probe_agrees_with_the_loss_by_hand(l2d):
+    """At t = 1 x_t is x_1 itself, whatever the noise: the mean loss of the pair on it."""
+    import probe
+    import torch
+    import torch.nn.functional as F
+
+    from plumbing.dataset import load_batch, load_split
+    from plumbing.trained import load
+    count, nll = probe.measure(str(l2d), 20)
+    model, _, checkpoint = load(str(l2d), device="cpu")
+    idx, at, y, _ = load_batch(load_split(checkpoint["config"]["data_dir"], "val"), range(20), "cpu")
+    with torch.no_grad():
+        group = torch.full_like(y, model.no_group)
+        logits = model(model.embed(y), torch.ones(len(y)), model.read_context(idx, at), group)
+    assert count == len(y) and nll[1.0, "truth"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
