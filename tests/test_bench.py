@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as script
-from bench import decoding, memory
+from bench import decoding, memory, timing
 from bench.__main__ import Config
 from bench.compact_json import format_json
 from bench.costs import count_parameters, count_pass, count_passes, least_seconds
@@ -30,6 +30,11 @@ from plumbing.dataset import load_batch
 CPU = torch.device("cpu")
 TINY = SIZES["tiny"]
 COUNTED = dict(zip(MODES, ("trunk", "trunk_lora", "l2d_full_path", "l2d_lora_path")))
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch):
+    monkeypatch.setattr(timing, "PROBE_CALLS", 1)
 
 
 def numel(*modules):
@@ -314,6 +319,7 @@ def test_the_report_for_a_gpu_in_its_small_form(tmp_path, capsys):
 
 def test_a_check_that_fails_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "run_checks", lambda *_: {"ranks": (False, "off")})
+    monkeypatch.setattr(script, "measure_training", lambda *_: {})
     says(error_of(run_main, tmp_path, "--gpu_report", "--decode=False"), "check ranks")
 
 
