@@ -46,7 +46,7 @@ def measure_costs(model, rows):
     path = []
     for Q in (1, 4, 16, 64, 256, 1024):
         path.append((B * Q, time_of(path_call(Q), device)))
-        if B * Q >= 64 and path[-1][1] > 3 * path[-2][1]:         # from here on it is about proportional
+        if Q > 1 and B * Q >= 64 and path[-1][1] > 3 * path[-2][1]:  # from here on it is about proportional
             break
     small = torch.zeros(8, 8, device=device)
     operation = time_of(lambda: [small + small for _ in range(100)], device) / 100

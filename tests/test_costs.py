@@ -21,9 +21,9 @@ def written(tokens, rejected=0, changes=0, calls=15, rows=1):
             for _ in range(rows)]
 
 
-def costs(free=32, trunk=1.0, path=1.0):
+def costs(free=32, trunk=1.0, path=1.0, operation=0.0):
     """A machine on which a call over n queries takes 1 + n / free times as long as one of none."""
-    return trunk, [(n, path * (1 + n / free)) for n in (1, 4, 16, 64, 256, 1024)]
+    return trunk, [(n, path * (1 + n / free)) for n in (1, 4, 16, 64, 256, 1024)], operation
 
 
 def test_between_measured_points_the_cost_is_a_line_and_behind_them_proportional():
@@ -71,6 +71,7 @@ def test_drafts_are_longer_where_more_was_kept_and_shorter_where_positions_are_d
     assert length(written(100, 40, rows=64)) == 1                 # arithmetic binds: drafts only waste
     assert length(written(100, 8, calls=1)) < length(written(100, 8))
     assert length(written(100, 8), trunk=50.0) < length(written(100, 8))
+    assert length(written(100, 40), operation=1.0) > length(written(100, 40))     # a round has a price of its own
 
 
 @pytest.mark.parametrize("longest, widest", [(1, 1), (1, 5), (3, 3), (16, 63)])
@@ -92,6 +93,15 @@ def test_sizes_keep_to_their_options(model, monkeypatch, more, most):
     assert set(asked) == {most}
 
 
+@pytest.mark.parametrize("B", [1, 63, 64, 150])
+def test_costs_can_be_measured_for_any_number_of_rows(model, monkeypatch, B):
+    monkeypatch.setattr(plumbing.costs, "COSTS", type(plumbing.costs.COSTS)())
+    config = DecodingConfig(steps=3, max_new_tokens=1)
+    same_texts(speculate.generate(model, [[1, 2]] * B, EOT, config), each_alone(model, [[1, 2]] * B, EOT, config))
+    ((_, path, _),) = plumbing.costs.COSTS[model].values()
+    assert path[0][0] == B and len(path) > 1
+
+
 def test_costs_are_measured_once_for_a_model_and_a_batch(model, monkeypatch):
     config = DecodingConfig(steps=4, max_new_tokens=6)
     monkeypatch.setattr(plumbing.costs, "COSTS", type(plumbing.costs.COSTS)())
@@ -103,6 +113,6 @@ def test_costs_are_measured_once_for_a_model_and_a_batch(model, monkeypatch):
         n = len(measured)
     speculate.generate(model, PROMPTS, EOT, config)
     assert len(measured) == n > 2
-    for trunk, path in plumbing.costs.COSTS[model].values():
-        assert 0 < trunk < 1 and [n for n, _ in path] == sorted({n for n, _ in path})
+    for trunk, path, operation in plumbing.costs.COSTS[model].values():
+        assert 0 < operation < trunk < 1 and [n for n, _ in path] == sorted({n for n, _ in path})
         assert all(0 < seconds < 1 for _, seconds in path)

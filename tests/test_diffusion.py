@@ -456,7 +456,7 @@ def test_a_new_solver_is_a_function_and_an_entry(model, monkeypatch):
     x_0 = torch.randn(3, 8, generator=generator(), dtype=torch.float64)
     def end(solver, steps):                                       # x_1_hat = cos 5t: a smooth field
         return run(lambda x, t: torch.full_like(x, math.cos(5 * t)), x_0, steps, solver, 0.8)[0]
-    truth = end("midpoint", 4001)
+    truth = end("midpoint", 999)
     coarse, fine = ((end("rk4", steps) - truth).norm() for steps in (33, 65))
     assert fine < coarse / 10                                     # 16 in the limit: order four
 
