@@ -1,7 +1,7 @@
 """
 Draw one token on its way through Algorithm 1 as an animated SVG, which plays in a browser and in README.
 
-    python experiments/animate.py                  # docs/token.svg: a calculated number, by the model in demo/
+    python experiments/animate.py                  # docs/token.svg: a calculated number, by demo/
     python experiments/animate.py --what=chains    # docs/chain.svg, after experiments/chains.py --method=l2d
 
 Left: the guesses and their probabilities at each evaluation. Right: x_t on its way from the noise x_0 towards
@@ -33,7 +33,7 @@ STYLE = ("text{font-family:monospace;fill:#111827}.title{font-size:17px;font-wei
          ".small{font-size:13px;fill:#4b5563}.token{font-size:14px}.now{font-size:15px}"
          ".plane{fill:none;stroke:#d1d5db}.way{fill:none;stroke:#9ca3af;stroke-dasharray:3 3}"
          ".dot{fill:#111827;opacity:.8}")
-COLORS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207")
+COLORS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#475569", "#65a30d")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Recorder(Denoiser):
 
 
 def follow_demo(config):
-    """The Recorder of the first token of an answer that the path changes, a title, and the names of tokens."""
+    """The Recorder of the first token of an answer that the path changes, a title, and names of tokens."""
     model, encoding, checkpoint = load(config.out_dir, "best", "cpu", "float32")
     how = DecodingConfig(steps=config.steps)
     prompt = encode_question(encoding, checkpoint["data"]["prompt"], config.prompt)
@@ -104,9 +104,16 @@ def project(points, x):
 
 
 def animate(name, values, times, mode="linear"):
-    """An <animate> of an attribute through values, one at each of the times, which repeats for ever."""
-    values = ";".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values)
-    times = ";".join(f"{t:.3f}" for t in times)
+    """An <animate> of an attribute through values, one at each of the times, which repeats for ever.
+
+    With mode="linear" a value stays for more than half of its time, then moves on to the next.
+    """
+    frames = list(zip(times, values))
+    if mode == "linear":
+        later = [(a + 0.6 * (b - a), value) for a, b, value in zip(times, times[1:], values)]
+        frames = sorted(frames + later, key=lambda frame: frame[0])
+    values = ";".join(str(value) for _, value in frames)
+    times = ";".join(f"{t:.4f}" for t, _ in frames)
     return (f'<animate attributeName="{name}" values="{values}" keyTimes="{times}" dur="{{dur}}s" '
             f'calcMode="{mode}" repeatCount="indefinite"/>')
 
@@ -145,7 +152,8 @@ def draw(f, title, name):
                     f'<text x="{x + 7:.1f}" y="{y - 5:.1f}" class="token">{escape(name(token))}</text>')
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in way)
     xs, ys = (hold([round(z, 1) for z in axis]) for axis in zip(*way))
-    body.append(f'<polyline points="{line}" class="way"/><circle cx="{xs[-1]}" cy="{ys[-1]}" r="7" class="dot">'
+    body.append(f'<polyline points="{line}" class="way"/>'
+                f'<circle cx="{xs[-1]}" cy="{ys[-1]}" r="7" class="dot">'
                 f'{animate("cx", xs, beats)}{animate("cy", ys, beats)}</circle>')
     text = "\n".join(body).replace("{dur}", f"{SECONDS * (E + 2):.1f}")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 380" width="740" height="380">'
