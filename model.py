@@ -92,23 +92,30 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        y = F.linear(x, self.linear.weight[:self.n_out], self.linear.bias[:self.n_out])
+        bias = None if self.linear.bias is None else self.linear.bias[:self.n_out]
+        y = F.linear(x, self.linear.weight[:self.n_out], bias)
         return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(C/H)) v, as flash attention where the device has it.
 
-    q: (B, Q, C). k, v: (B, H, S, C/H). mask: (B, 1, Q, S), True where the key is visible. Without a mask,
-    Q = S queries attend causally, and a single query attends to every key. Returns (B, Q, C).
+    q: (B, Q, C). k, v: (B, H, S, C/H), or fewer heads, each for several of q. mask: (B, 1, Q, S), True where
+    the key is visible. Without a mask, Q = S queries attend causally, and a single query attends to every
+    key. Returns (B, Q, C).
     """
     B, Q, C = q.shape
-    H = k.size(1)
-    assert mask is not None or Q in (1, k.size(2)), "without a mask there is one query, or as many as keys"
-    q = q.view(B, Q, H, C // H).transpose(1, 2)                   # (B, H, Q, C/H)
+    _, H, S, size = k.shape
+    assert mask is not None or Q in (1, S), "without a mask there is one query, or as many as keys"
+    q = q.view(B, Q, C // size, size).transpose(1, 2)             # (B, H, Q, C/H)
     is_causal = True if mask is None and Q > 1 else False         # a plain bool: torch.compile needs one
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    return y.transpose(1, 2).reshape(B, Q, C)
+    shared = q.size(1) // H
+    if shared > 1 and not is_causal:                              # their heads become further queries of one
+        q = q.reshape(B, H, shared * Q, size)
+        mask = mask.repeat(1, 1, shared, 1) if mask is not None else None
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                       enable_gqa=shared > 1 and is_causal)
+    return y.reshape(B, C // size, Q, size).transpose(1, 2).reshape(B, Q, C)
 
 
 class Attention(nn.Module):
@@ -160,12 +167,20 @@ class Block(nn.Module):
         """(module, name) of every linear map of the block, for LoRA."""
         return [(self.attn, "c_attn"), (self.attn, "c_proj"), (self.mlp, "c_fc"), (self.mlp, "c_proj")]
 
+    def path_block(self, config):
+        """The block of the path that goes with this one."""
+        return PathBlock(self, config)
+
 
 class GPT(nn.Module):
     """GPT-2, the trunk. Parameters have the names of its released checkpoints; the head is tied to wte.
 
-    The rest of the code asks a trunk for no more than this: forward, head, the embedding wte, the position
-    embedding wpe, config.n_embd and config.block_size, and blocks h that PathBlock can copy.
+    What a trunk must offer (llama.py has another one), and the rest of the code asks for no more:
+        config                    a dataclass with block_size, vocab_size and n_embd
+        wte                       the embedding, whose rows become the token space
+        embed, embed_position     what enters the first block, and the part of it that tells the position
+        h                         the blocks, with linears() and path_block()
+        forward, head, head_weight, add_lora, merge_lora
     """
     def __init__(self, config):
         super().__init__()
@@ -196,7 +211,7 @@ class GPT(nn.Module):
         """
         if pos is None:
             pos = torch.arange(idx.size(1), device=idx.device)[None].expand_as(idx)
-        h = self.wte(idx) + self.wpe(pos)                         # (B, Q, C)
+        h = self.embed(idx, pos)                                  # (B, Q, C)
         kv = []
         for i, block in enumerate(self.h):
             block_cache = cache[i] if cache is not None else None
@@ -204,8 +219,18 @@ class GPT(nn.Module):
             kv.append(k_and_v)
         return h, kv
 
+    def embed(self, idx, pos):
+        """Token ids (...) at positions pos (...) -> what enters the first block, (..., C)."""
+        return self.wte(idx) + self.embed_position(pos)
+
+    def embed_position(self, pos):
+        return self.wpe(pos)
+
+    def head_weight(self):
+        return self.wte.weight                                    # tied to the embedding
+
     def lm_head(self, h):
-        return F.linear(h, self.wte.weight)                       # tied to the embedding
+        return F.linear(h, self.head_weight())
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V_size)."""
@@ -323,11 +348,11 @@ class PathBlock(nn.Module):
         norms = [self.ln_1.weight, self.ln_1.bias, no_gate, self.ln_2.weight, self.ln_2.bias, no_gate]
         return self.modulation(emb) + torch.cat(norms)
 
-    def forward(self, h, modulation, kv, at, mask):
-        """h (N, C) -> (N, C). modulation: (N, 6C) or (1, 6C), from modulate. kv, at, mask: as in Context."""
+    def forward(self, h, modulation, kv, c):
+        """h (N, C) -> (N, C). modulation: (N, 6C) or (1, 6C), from modulate. kv: those of this layer in c."""
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
         q = self.c_q(F.layer_norm(h, h.shape[-1:]) * scale_1 + shift_1)  # (N, C)
-        h = h + gate_1 * self.c_proj(attend_at(q, *kv, at, mask))
+        h = h + gate_1 * self.c_proj(attend_at(q, *kv, c.at, c.mask))
         return h + gate_2 * self.mlp(F.layer_norm(h, h.shape[-1:]) * scale_2 + shift_2)
 
 
@@ -365,7 +390,7 @@ class DiffusionPath(nn.Module):
         self.t_in = two_layers(E, E, E)
         self.group = nn.Embedding(n_groups + 1, E)
         nn.init.normal_(self.group.weight, std=0.02)
-        self.h = nn.ModuleList(PathBlock(block, config) for block in trunk.h)
+        self.h = nn.ModuleList(block.path_block(config) for block in trunk.h)
         self.w = two_layers(E, E, C, zero=True, bias=False)       # w(t) of Eq. 6; a bias would cancel
 
     def token_space(self, e):
@@ -396,7 +421,7 @@ class DiffusionPath(nn.Module):
         x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
         h = self.x_in(x.to(self.W.weight.dtype)) + embedding      # (N, C)
         for block, modulation, kv in zip(self.h, modulations, c.kv):
-            h = block(h, modulation, kv, c.at, c.mask)
+            h = block(h, modulation, kv, c)
         return h
 
 
@@ -448,8 +473,8 @@ class L2D(nn.Module):
         path.condition(t, group) where it is known already, for each position or one for all.
         """
         modulations, w_d = condition if condition is not None else self.path.condition(t, group)
-        embedding = self.trunk.wpe(c.pos)                         # (N, C): GPT-2 is not rotary (deviation 1)
+        embedding = self.trunk.embed_position(c.pos)              # (N, C): GPT-2 is not rotary (deviation 1)
         if self.path.config.path_init == "trunk":
-            embedding = embedding + self.trunk.wte(c.token)       # as the trunk's own input (deviation 2)
+            embedding = self.trunk.embed(c.token, c.pos)          # the trunk's own input (deviation 2)
         h_path = self.path(x_t, t, embedding, modulations, c)
         return c.h + w_d * h_path                                 # Eq. 6

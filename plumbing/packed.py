@@ -59,7 +59,7 @@ def pack(model):
 
     Nothing changes on a GPU, in another dtype than float32, without oneDNN, and where a LoRA is added.
     """
-    head = model.trunk.wte.weight.detach()
+    head = model.trunk.head_weight().detach()
     if head.device.type != "cpu" or head.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return model
     linears = [(owner, name, child.weight.detach(), child.bias) for owner in model.modules()

@@ -199,7 +199,7 @@ def test_a_fresh_path_of_the_papers_kind_adds_nothing_and_its_gates_are_shut(mod
     assert torch.equal(model(x_t, t, c, group), model.trunk.head(c.h))
     entered = torch.randn(18, 24, generator=generator())
     for block, kv in zip(model.path.h, c.kv):                     # each block passes on what it is given
-        assert torch.equal(block(entered, block.modulate(torch.randn(18, 20)), kv, at, None), entered)
+        assert torch.equal(block(entered, block.modulate(torch.randn(18, 20)), kv, c), entered)
     assert (model.path.x_in(x_t).abs().amax(1) > 0).all()         # and x_t enters from the beginning
 
 
@@ -337,12 +337,13 @@ def test_a_fresh_block_with_open_gates_is_the_trunks_block(mode):
     """Fed the trunk's input of a block, the path's gives the trunk's output."""
     model = pair(mode, random_path=False)
     idx, at = tokens(2, 7), everywhere(2, 7)
+    c = model.read_context(idx, at)
     x = model.trunk.wte(idx) + model.trunk.wpe(torch.arange(7))
     for block, own in zip(model.trunk.h, model.path.h):
         y, kv = block(x)
         raw = own.modulation(torch.randn(14, 20))
         assert raw.view(14, 6, 24)[:, [2, 5]].eq(1).all() and raw.sum() == 14 * 2 * 24
-        torch.testing.assert_close(own(x[at], own.modulate(torch.randn(14, 20)), kv, at, None), y[at],
+        torch.testing.assert_close(own(x[at], own.modulate(torch.randn(14, 20)), kv, c), y[at],
                                    atol=1e-5, rtol=1e-5)
         x = y
 
