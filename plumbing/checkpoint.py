@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import zipfile
+from dataclasses import asdict
 
 import torch
 
@@ -15,6 +16,26 @@ from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
 
 PARTS = {"trunk_config", "trunk_lora", "trunk_sha256", "path_config", "n_groups", "model", "config", "world",
          "iter_num", "best_val_loss", "data", "tokenizer", "sampler"}
+
+
+def families():
+    """Return {name in a checkpoint: (class, class of its config)} of every kind of trunk."""
+    from llama import Llama, LlamaConfig  # here: GPT-2 needs none of it
+
+    return {"gpt2": (GPT, GPTConfig), "llama": (Llama, LlamaConfig)}
+
+
+def describe_trunk(trunk):
+    """Return what make_trunk needs to build a trunk like this one, a dict."""
+    family = next(name for name, (kind, _) in families().items() if type(trunk) is kind)
+    return {"family": family} | asdict(trunk.config)
+
+
+def make_trunk(description):
+    """Return the trunk that was described, with random weights. Without a family it is a GPT-2."""
+    options = dict(description)
+    trunk_class, config_class = families()[options.pop("family", "gpt2")]
+    return trunk_class(config_class(**options))
 
 
 def load_state(module, tensors, source):
@@ -81,7 +102,7 @@ def pair_from(checkpoint, source):
     source: where it came from, for the message of a UserError.
     """
     try:
-        trunk = GPT(GPTConfig(**checkpoint["trunk_config"]))
+        trunk = make_trunk(checkpoint["trunk_config"])
         path = None
         if checkpoint["path_config"]:
             path = DiffusionPath(trunk, PathConfig(**checkpoint["path_config"]), checkpoint["n_groups"])

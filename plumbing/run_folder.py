@@ -14,7 +14,7 @@ from dataclasses import asdict
 import torch
 
 from configurator import UserError, require
-from plumbing.checkpoint import load_checkpoint
+from plumbing.checkpoint import describe_trunk, load_checkpoint
 from plumbing.files import append_records, lock, read_records, write_file
 
 # options that --resume may change; also, a number of ranks may become as many micro-batches
@@ -52,7 +52,7 @@ def describe(model, trunk_lora, out_dir):
             model.trunk_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
         tensors = {k: v for k, v in tensors.items() if not k.startswith("trunk.")}
         trunk_sha256 = model.trunk_sha256
-    return {"trunk_config": asdict(model.trunk.config), "trunk_lora": trunk_lora, "n_groups": model.no_group,
+    return {"trunk_config": describe_trunk(model.trunk), "trunk_lora": trunk_lora, "n_groups": model.no_group,
             "path_config": asdict(model.path.config) if model.path else None,
             "trunk_sha256": trunk_sha256, "model": tensors}
 

@@ -26,11 +26,12 @@ CORE = ["configurator", "model", "diffusion", "adaptive", "decode", "speculate"]
 MAY_IMPORT = {
     "configurator": set(),
     "model": {"configurator"},
+    "llama": {"configurator", "model"},
     "diffusion": {"configurator", "model"},
     "adaptive": {"diffusion", "model"},
     "decode": {"configurator", "model", "diffusion", "adaptive"},
     "speculate": {"model", "diffusion", "adaptive", "decode", "plumbing.costs"},
-    "plumbing": {"configurator", "model", "plumbing"},
+    "plumbing": {"configurator", "model", "llama", "plumbing"},
     "tasks": {"configurator", "plumbing", "tasks"},
     "train": {"configurator", "model", "diffusion", "plumbing"},
     "sample": {*CORE, "plumbing"},
