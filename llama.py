@@ -4,14 +4,14 @@ Llama, a second trunk: Llama 3, SmolLM2, and with biases Qwen 2.5. Read model.py
 What differs from GPT-2, one by one, and how it reaches the path:
 
     GPT-2                       Llama                                    in the path
-    LayerNorm                   RMSNorm: it subtracts no mean, and has   the same norm; t still adds a shift, which
-                                a weight but no bias                     starts at 0
-    wpe is added to the input   rotary positions: queries and keys are   queries are rotated to their position; no
-                                rotated by angles that grow with them    wpe enters, and deviation 1 disappears
-    each head of queries has    n_head / n_kv_head of them share keys    it reads the trunk's keys and values, with
-    its own keys and values     and values, which are cached once        the same sharing
+    LayerNorm                   RMSNorm: no mean is subtracted, and      the same; t still adds a shift,
+                                there is a weight but no bias            which starts at 0
+    wpe is added to the input   rotary positions: queries and keys are   queries are rotated, too, and so
+                                rotated by angles that grow with them    no wpe enters: no deviation 1
+    a head of queries has its   n_head / n_kv_head heads share keys      it reads the trunk's keys and values,
+    own keys and values         and values, which are cached once        shared in the same way
     q, k, v: one map c_attn     c_q, c_k, c_v                            a copy of c_q, or a LoRA on it
-    MLP: GELU(c_fc x)           SwiGLU: SiLU(c_gate x) * (c_fc x)        the same, a copy or LoRAs
+    MLP: GELU(c_fc x)           SwiGLU: SiLU(c_gate x) * (c_fc x)        the same, copies or LoRAs
     every map has a bias        only c_q, c_k, c_v, and only in Qwen     the same
     the head is tied to wte     tied, or a matrix of its own             it has no head of its own
 
@@ -167,7 +167,7 @@ class Llama(GPT):
         return self.wte(idx)                                      # positions enter in the attention
 
     def embed_position(self, pos):
-        return 0.0
+        return torch.zeros((), device=pos.device)
 
     def head_weight(self):
         return self.wte.weight if self.output is None else self.output

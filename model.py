@@ -419,7 +419,8 @@ class DiffusionPath(nn.Module):
         embedding: (N, C), what enters beside x_t, from L2D.forward. modulations: L x (N, 6C), from condition.
         """
         x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
-        h = self.x_in(x.to(self.W.weight.dtype)) + embedding      # (N, C)
+        dtype = self.W.weight.dtype
+        h = self.x_in(x.to(dtype)) + embedding.to(dtype)          # (N, C)
         for block, modulation, kv in zip(self.h, modulations, c.kv):
             h = block(h, modulation, kv, c)
         return h
@@ -477,4 +478,4 @@ class L2D(nn.Module):
         if self.path.config.path_init == "trunk":
             embedding = self.trunk.embed(c.token, c.pos)          # the trunk's own input (deviation 2)
         h_path = self.path(x_t, t, embedding, modulations, c)
-        return c.h + w_d * h_path                                 # Eq. 6
+        return (c.h + w_d * h_path).to(c.h.dtype)                 # Eq. 6

@@ -3,6 +3,7 @@ Turns problems into training data: text -> tokens, target mask, groups, manifest
 
     python prepare_data.py arithmetic                   # generated here, no network
     python prepare_data.py gsm8k                        # downloads 4.9 MB, and GPT-2's tokenizer, 1.5 MB
+    python prepare_data.py gsm8k --tokenizer=SmolLM2-135M --out_dir=data/gsm8k_smollm2      # of another trunk
     python prepare_data.py jsonl --source=DIR           # your own: {"question": ..., "answer": ...} a line
     python prepare_data.py mix                          # GSM8K, MBPP and MMLU, each a group for guidance
 
@@ -41,26 +42,41 @@ TRAINING = (*TRAINED_ON, "val", "mix_val")           # training reads these: wha
 
 
 # ---------------------------------------------------------------------------------- problems to tokens
-def encode_split(encoding, split, problems, group_names, drop_long):
-    """Return a Split, the lengths (n, 2) of its prompts and answers, and its problems: those kept."""
+def choose_tokenizer(name):
+    """Return the Encoding of that name, and how many tokens a trunk with it can read."""
+    if name in TOKENIZERS:
+        return TOKENIZERS[name](), MAX_TOKENS
+    from plumbing.hub_tokenizer import count_positions, is_hub_tokenizer, load_hub_tokenizer
+    from plumbing.hub_weights import HUB
+
+    require(is_hub_tokenizer(name), f"tokenizer={name!r}, but it must be auto, {', '.join(TOKENIZERS)}, a "
+            f"folder with a tokenizer.json, a .gguf file, or one of {', '.join(HUB)}")
+    return load_hub_tokenizer(name), count_positions(name)
+
+
+def encode_split(encoding, split, problems, group_names, drop_long, most):
+    """Return a Split, the lengths (n, 2) of its prompts and answers, and its problems: those kept.
+
+    most: the tokens that a trunk can read.
+    """
     examples = []
     kept = []
     long = []
     for problem in problems:
         check_gold(problem)
         prompt, answer = encode_problem(encoding, problem)
-        if len(prompt) + len(answer) > MAX_TOKENS:
+        if len(prompt) + len(answer) > most:
             long.append(f"{problem.place} ({len(prompt) + len(answer)} tokens)")
             if drop_long and split in TRAINING:
                 continue
         examples.append((prompt, answer))
         kept.append(problem)
     if long:
-        message = f"{len(long)} problems of {split} are longer than {MAX_TOKENS} tokens, first {long[0]}"
+        message = f"{len(long)} problems of {split} are longer than {most} tokens, first {long[0]}"
         require(drop_long or split not in TRAINING,
                 f"{message}; shorten them, or leave them out with --drop_long")
         print(f"note: {message}; " + ("left out" if split in TRAINING else "kept; what does not fit is cut"))
-    require(kept, f"no problem of {split} has at most {MAX_TOKENS} tokens")
+    require(kept, f"no problem of {split} has at most {most} tokens")
     data = make_split(examples, [group_names.index(problem.group) for problem in kept], encoding.n_vocab)
     return data, np.array([(len(prompt), len(answer)) for prompt, answer in examples]), kept
 
@@ -87,18 +103,18 @@ def make(name, options, folder):
     splits, sources = task.load(options, folder.parent / "source")
     warn(task, splits)
     group_names = name_groups(task, splits)
-    encoding = TOKENIZERS[task.tokenizer if options.tokenizer == "auto" else options.tokenizer]()
+    encoding, most = choose_tokenizer(task.tokenizer if options.tokenizer == "auto" else options.tokenizer)
     report = [f"{name}: tokenizer {encoding.name} with {encoding.n_vocab} tokens"]
     counts = {}
     longest = 0
     for split, problems in splits.items():
-        data, lengths, kept = encode_split(encoding, split, problems, group_names, options.drop_long)
+        data, lengths, kept = encode_split(encoding, split, problems, group_names, options.drop_long, most)
         write_split(folder, split, data, map(json_row, kept))
         (prompt, answer), (prompt_max, answer_max) = lengths.mean(0), lengths.max(0)
         report.append(f"  {split:8} {len(kept):6,} problems; tokens of prompt: mean {prompt:.1f}, max "
                       f"{prompt_max}; of answer: mean {answer:.1f}, max {answer_max}")
         counts[split] = len(kept)
-        longest = max(longest, *(n for n in lengths.sum(1).tolist() if n <= MAX_TOKENS), 0)
+        longest = max(longest, *(n for n in lengths.sum(1).tolist() if n <= most), 0)
     write_manifest(folder, dict(
         task=name, tokenizer=describe_tokenizer(encoding), n_vocab=encoding.n_vocab, eot=encoding.eot_token,
         prompt=task.prompt, shots=task.shots, counts=counts, max_tokens=longest, group_names=group_names,

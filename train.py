@@ -12,7 +12,8 @@ What trains is chosen by two options:
     full or lora  none          a control: the trunk is finetuned, without a path
     full or lora  full or lora  both at once
 
-The trunk is GPT-2, or the trunk of a checkpoint of this script, or it starts from random weights.
+The trunk is GPT-2, a model of Llama's type (a folder as the hub has it, a .gguf file, or a name such as
+SmolLM2-135M), the trunk of a checkpoint of this script, or it starts from random weights.
 
 out_dir receives the checkpoints last.pt and best.pt, and metrics.jsonl. What an iteration draws depends only
 on the seed, the iteration and the micro-batch. So a resumed run is the same run. And eight ranks with one
@@ -69,8 +70,9 @@ class Config(PathConfig):           # `--help` prints the comments of this class
     out_dir: str = "out/l2d_gsm8k"
     resume: bool = False            # go on from out_dir/last.pt
     # the trunk
-    trunk: str = "gpt2"             # a size of GPT-2, a .safetensors file or folder, a checkpoint, or scratch
+    trunk: str = "gpt2"             # a size of GPT-2, a model like SmolLM2-135M, a folder, a file, or scratch
     trunk_mode: Literal["frozen", "lora", "full"] = "frozen"  # what of the trunk trains: nothing, LoRAs, all
+    trunk_dtype: Literal["float32", "bfloat16"] = "float32"  # of a frozen trunk's weights
     n_layer: int = 12               # n_layer, n_head and n_embd: of a trunk from scratch
     n_head: int = 12
     n_embd: int = 768
@@ -117,6 +119,8 @@ class Config(PathConfig):           # `--help` prints the comments of this class
                 "path_mode=none trains nothing; choose a path, or lora or full for the trunk")
         require(self.trunk != "scratch" or self.trunk_mode == "full", f"trunk=scratch with trunk_mode="
                 f"{self.trunk_mode} would keep its random weights; use trunk_mode=full")
+        require(self.trunk_dtype == "float32" or self.trunk_mode == "frozen", "trunk_dtype=bfloat16 with "
+                f"trunk_mode={self.trunk_mode} would train weights in half precision; use float32")
         without_effect(self, "a path", self.path_mode != "none", "unroll")
         without_effect(self, "trunk=scratch", self.trunk == "scratch", "n_layer", "n_head", "n_embd")
         require(self.warmup_iters < self.max_iters,
@@ -266,6 +270,9 @@ def set_up(config, ranks):
 
     device_type = ranks.device.type
     dtype = pick_dtype(config.dtype, ranks.device)
+    if config.trunk_dtype == "bfloat16":
+        require(dtype == torch.bfloat16, f"trunk_dtype=bfloat16 needs dtype=bfloat16, but it is {dtype}")
+        model.trunk.bfloat16()
     use_kernels_for_training(ranks.device, dtype)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
     optimizer = configure_optimizer(model, config)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # the project
 from bench.compact_json import write_json
 from configurator import configure, run
 from decode import DecodingConfig
-from plumbing.tokenizer import encode_text
+from plumbing.tokenizer import encode_prompt
 from plumbing.trained import load
 from speculate import generate
 from tasks import load_problems, score
@@ -45,7 +45,7 @@ def measure_run(run_dir, config, settings):
     model, encoding, checkpoint = load(run_dir)
     names = checkpoint["data"]["group_names"]
     problems = load_problems(config.data_dir, config.split)[:config.limit]
-    prompts = [encode_text(encoding, problem.prompt, problem.place) for problem in problems]
+    prompts = [encode_prompt(encoding, problem.prompt, problem.place) for problem in problems]
     found = {}
     for group, w in settings:
         decoding = DecodingConfig(steps=config.steps, guidance=w, max_new_tokens=64)

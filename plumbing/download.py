@@ -90,6 +90,14 @@ def download(url, path, size=None, sha256=None):
         raise UserError(f"cannot download {url} to {path}: {e.strerror or e}") from None
 
 
+def authorization(url):
+    """Return the header that shows the hub the token in HF_TOKEN, if there is one. Nobody else sees it."""
+    token = os.environ.get("HF_TOKEN")
+    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    ours = urlsplit(url)[:2] == (hub.scheme, hub.netloc) and hub.scheme == "https"
+    return {"Authorization": f"Bearer {token}"} if token and ours else {}
+
+
 def request(url, part, etag, size, sha256):
     """Send one request, which continues .part if it can.
 
@@ -99,6 +107,7 @@ def request(url, part, etag, size, sha256):
 
     have = part.stat().st_size if part.exists() and etag.exists() else 0
     headers = {"Accept-Encoding": "identity"}           # byte ranges of the file, not of a gzip of it
+    headers |= authorization(url)
     if have:                                            # If-Range: the whole file if it has changed
         headers |= {"Range": f"bytes={have}-", "If-Range": etag.read_text()}
     try:
@@ -111,6 +120,9 @@ def request(url, part, etag, size, sha256):
             if status == 416 or status == 206 and not continues:
                 part.unlink(missing_ok=True)
                 raise Retry("the server does not continue what is here, starting again", 0)
+            if status in (401, 403):
+                raise OSError(f"status {status} {reply.reason}; is the address right? If the hub wants a "
+                              "token, set HF_TOKEN")
             if status not in (200, 206):
                 raise OSError(f"status {status} {reply.reason}; is the address right?")
             if status == 200:
@@ -122,7 +134,7 @@ def request(url, part, etag, size, sha256):
             total = have + int(length) if length.isdecimal() else size
             if total is None and not sha256 and given.get("Transfer-Encoding") != "chunked":
                 raise OSError("the server does not say where the file ends, so a part could pass for it")
-            receive(reply, part, have, total, size or LARGEST)
+            receive(reply, part, have, total, size or (total if sha256 else None) or LARGEST)
     except ValueError as e:                             # no address at all
         raise OSError(str(e)) from None
     except requests.RequestException as e:
@@ -157,7 +169,7 @@ def hash_of_the_hub(url):
     place = url
     try:
         for _ in range(5):
-            reply = requests.head(place, timeout=TIMEOUT)
+            reply = requests.head(place, timeout=TIMEOUT, headers=authorization(place))
             sha256 = reply.headers.get("X-Linked-Etag", "").strip('"')
             target = urljoin(place, reply.headers.get("Location", ""))
             if sha256 or not reply.is_redirect or urlsplit(target).netloc != urlsplit(place).netloc:

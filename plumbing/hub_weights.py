@@ -28,8 +28,8 @@ HUB = {                                                           # name of --tr
     "Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B",
     "Qwen2.5-1.5B-Instruct": "Qwen/Qwen2.5-1.5B-Instruct",
 }
-FAMILIES = ("llama", "qwen2")                                     # values of model_type that llama.py computes
-# What a config may say that changes what the network computes, and what it says of ours. None: not there.
+FAMILIES = ("llama", "qwen2")                                     # of model_type, that llama.py computes
+# What a config may say that changes what is computed, and what it says of ours. None: nothing.
 OURS = {"hidden_act": ("silu",), "mlp_bias": (False, None), "use_sliding_window": (False, None),
         "pretraining_tp": (1, None), "partial_rotary_factor": (1, 1.0, None), "quantization_config": (None,),
         "num_local_experts": (None,), "num_experts": (None,), "attention_bias": (False, None),
@@ -42,11 +42,14 @@ NAMES = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_
 
 def is_hub_trunk(name):
     """Whether load_llama reads the trunk of this name: a key of HUB, a .gguf file, or a folder of the hub."""
-    path = Path(os.path.expanduser(name))
     if name in HUB or name.endswith(".gguf"):
         return True
+    path = Path(os.path.expanduser(name))
     config = (path if path.is_dir() else path.parent) / "config.json"
-    return path.exists() and config.exists() and read_json(config).get("model_type", "gpt2") != "gpt2"
+    try:
+        return path.exists() and config.exists() and read_json(config).get("model_type", "gpt2") != "gpt2"
+    except UserError:                                             # load_gpt2 will say what is wrong
+        return False
 
 
 def load_llama(name, n_vocab):
@@ -60,9 +63,10 @@ def load_llama(name, n_vocab):
         from plumbing.gguf_file import read_gguf  # here: it needs a package that others do not
         config, tensors = read_gguf(name)
     else:
-        folder = find_folder(name)
+        folder = find_folder(name, "config.json", FILE)
         config = read_config(read_json(folder / "config.json"), folder / "config.json")
-        weights = find_weights(folder, name)
+        path = Path(os.path.expanduser(name))
+        weights = path if path.is_file() else find_weights(folder, name)
         found = read_sharded(weights) if weights.suffix == ".json" else read_safetensors(weights)
         tensors = from_hub_names(found, config, weights)
     size = config.vocab_size
@@ -76,25 +80,21 @@ def load_llama(name, n_vocab):
     return trunk
 
 
-def find_folder(name):
-    """The folder of that name, or the one to which the files of that name on the hub are fetched."""
+def find_folder(name, *files):
+    """The folder of that name; for a key of HUB data/weights/NAME, to which the files are fetched.
+
+    Weights are checked by the hub's hash. The hub has none for a small file, which must be whole JSON.
+    """
     path = Path(os.path.expanduser(name))
     if name not in HUB or path.exists():
         return path if path.is_dir() else path.parent
     folder = Path("data/weights") / name
-    for file in ("config.json", "tokenizer.json", FILE):
-        fetch(name, file, folder)
-    return folder
-
-
-def fetch(name, file, folder):
-    """Fetch a file of HUB[name] to the folder, unless it is there. Weights are checked by the hub's hash."""
-    path = folder / file
-    if path.exists():
-        return path
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/{HUB[name]}/resolve/main/{file}"
-    return download(url, path, sha256=hash_of_the_hub(url) if file == FILE else None)
+    for file in files:
+        url = f"{endpoint}/{HUB[name]}/resolve/main/{file}"
+        if not (folder / file).exists():
+            download(url, folder / file, sha256=hash_of_the_hub(url) if file == FILE else None)
+    return folder
 
 
 def read_json(path):
@@ -133,8 +133,8 @@ def read_config(config, path):
                            rope_scaling=scaling, qkv_bias=kind == "qwen2",
                            tied=bool(config.get("tie_word_embeddings", False)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-        raise UserError(f"{path} is not the config of a model of Llama's type ({type(e).__name__}: {e}); fetch "
-                        "it from the hub again") from None
+        raise UserError(f"{path} is not the config of a model of Llama's type ({type(e).__name__}: {e}); "
+                        "fetch it from the hub again") from None
 
 
 def read_rope(config, path):
@@ -154,7 +154,7 @@ def read_rope(config, path):
 
 # ------------------------------------------------------------------------------------------------- tensors
 def from_hub_names(tensors, config, path):
-    """Return the tensors under llama.py's names. Raises UserError where a name or a number format is strange."""
+    """Return the tensors under llama.py's names. Raises UserError where a name or a number is strange."""
     names = {"model.embed_tokens.weight": "wte.weight", "model.norm.weight": "ln_f.weight",
              "lm_head.weight": "output"}
     for i in range(config.n_layer):
@@ -165,7 +165,7 @@ def from_hub_names(tensors, config, path):
     for name, tensor in tensors.items():
         if name.endswith("rotary_emb.inv_freq"):                  # of old files; it follows from the config
             continue
-        require(name in names, f"{path} holds {name}, which llama.py does not know; choose a model of its type")
+        require(name in names, f"{path} holds {name}, which llama.py does not know; use a model of its type")
         require(tensor.is_floating_point(), f"{path}: {name} holds {tensor.dtype}, not floating-point "
                 "numbers; fetch the weights without quantization")
         found[names[name]] = tensor

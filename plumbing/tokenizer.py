@@ -1,8 +1,11 @@
 """
 Tokenizers: GPT-2's, which is fetched, and others, which data and checkpoints carry whole.
+
+hub_tokenizer.py reads those of models on the hub.
 """
 import hashlib
 import os
+import unicodedata
 from pathlib import Path
 
 import tiktoken
@@ -17,18 +20,43 @@ GPT2_FILES = {"vocab.bpe": (456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728
               "encoder.json": (1042301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")}
 
 
+class Tokenizer(tiktoken.Encoding):
+    """A tiktoken Encoding for which some things need not be as in GPT-2's.
+
+    end: the name of the special token that ends a text. begin: that of the token which every prompt begins
+    with, "" for none. normal_form: of Unicode, to which a text is brought first, such as "NFC".
+    """
+    def __init__(self, name, end, begin="", normal_form="", **parts):
+        super().__init__(name, **parts)
+        self.more = {"end": end, "begin": begin, "normal_form": normal_form}
+        self.eot_token                                            # a KeyError, if there is no such token
+        self.begin = [self._special_tokens[begin]] if begin else []
+
+    @property
+    def eot_token(self):
+        return self._special_tokens[self.more["end"]]
+
+    def encode_ordinary(self, text):
+        form = self.more["normal_form"]
+        return super().encode_ordinary(unicodedata.normalize(form, text) if form else text)
+
+
 def describe_tokenizer(encoding):
     """Return what load_tokenizer needs to make this tiktoken Encoding again, a dict.
 
-    name, fingerprint; unless it is GPT-2's, also pattern, pieces (the bytes of token 0, 1, ... as latin-1)
-    and special ({text: token}).
+    name, fingerprint; unless it is GPT-2's, also pattern, pieces (the bytes of token 0, 1, ... as latin-1,
+    None for a special one), special ({text: token}), and more: the arguments of a Tokenizer.
     """
     description = {"name": encoding.name, "fingerprint": fingerprint(encoding)}
     if encoding.name != GPT2["name"]:
-        pieces = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+        pieces = [None] * (1 + max(encoding._mergeable_ranks.values()))
+        for piece, token in encoding._mergeable_ranks.items():
+            pieces[token] = piece.decode("latin-1")
         description["pattern"] = encoding._pat_str
-        description["pieces"] = [piece.decode("latin-1") for piece in pieces]
+        description["pieces"] = pieces
         description["special"] = encoding._special_tokens
+    if isinstance(encoding, Tokenizer):
+        description["more"] = encoding.more
     return description
 
 
@@ -39,9 +67,11 @@ def load_tokenizer(description):
         if name == GPT2["name"]:
             encoding = load_gpt2_tokenizer()
         else:
-            ranks = {piece.encode("latin-1"): token for token, piece in enumerate(description["pieces"])}
-            encoding = tiktoken.Encoding(name, pat_str=description["pattern"], mergeable_ranks=ranks,
-                                         special_tokens=description["special"])
+            ranks = {piece.encode("latin-1"): token for token, piece in enumerate(description["pieces"])
+                     if piece is not None}
+            make = Tokenizer if "more" in description else tiktoken.Encoding
+            encoding = make(name, pat_str=description["pattern"], mergeable_ranks=ranks,
+                            special_tokens=description["special"], **description.get("more", {}))
         if fingerprint(encoding) != description["fingerprint"]:
             raise ValueError("its fingerprint is another one")
     except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -65,20 +95,31 @@ def fingerprint(encoding):
     """Return 16 hexadecimal digits that differ where two Encodings encode differently."""
     parts = (sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]), encoding._pat_str,
              sorted(encoding._special_tokens.items()))
+    if isinstance(encoding, Tokenizer):
+        parts += (sorted(encoding.more.items()),)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def encode_text(encoding, text, place):
-    """Return the token ids of a text. Raises UserError, naming place, if it holds a special token."""
-    if ENDOFTEXT in text:               # encode_ordinary would silently spell it with several tokens
-        raise UserError(f"{place} contains the special token {ENDOFTEXT}; remove it")
+    """Return the token ids of a text. Raises UserError, naming place, if it holds what cannot be encoded."""
+    for special in encoding._special_tokens:  # encode_ordinary would silently spell it with several tokens
+        require(special not in text, f"{place} contains the special token {special}; remove it")
+    if isinstance(encoding, Tokenizer):
+        unknown = [c for c in set(text)
+                   if not all(bytes([byte]) in encoding._mergeable_ranks for byte in c.encode())]
+        require(not unknown, f"{place} contains {unknown}, for which {encoding.name} has no token; remove it")
     return encoding.encode_ordinary(text)
+
+
+def encode_prompt(encoding, text, place):
+    """Return the token ids of a text that the model is to continue. Raises UserError as encode_text does."""
+    return getattr(encoding, "begin", []) + encode_text(encoding, text, place)
 
 
 def encode_question(encoding, prompt, question):
     """Return the token ids of a user's own question in the format of a task, a string with one {}."""
     require(question.strip(), "the prompt is empty; write a question")
-    return encode_text(encoding, prompt.format(question.strip()), "the prompt")
+    return encode_prompt(encoding, prompt.format(question.strip()), "the prompt")
 
 
 def choice_tokens(encoding, choices):

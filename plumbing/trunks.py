@@ -4,16 +4,17 @@ Load the trunk that --trunk names, and see that it fits the data.
 from configurator import UserError
 from model import GPTConfig
 from plumbing.checkpoint import load_checkpoint, pair_from
+from plumbing.tokenizer import describe_tokenizer
 
 GPT2_TOKENS = GPTConfig().vocab_size
 
 
 def load_trunk(name, manifest):
     """
-    Return the trunk of that name, a GPT on the CPU in float32, for data with this manifest.
+    Return the trunk of that name, on the CPU in float32, for data with this manifest.
 
-    name: a checkpoint of train.py (.pt), whose trunk LoRA is merged; or what load_gpt2 takes. Raises
-    UserError where there is no such trunk, or where it has another tokenizer than the data.
+    name: a checkpoint of train.py (.pt), whose trunk LoRA is merged; or what load_llama or load_gpt2 takes.
+    Raises UserError where there is no such trunk, or where it has another tokenizer than the data.
     """
     wanted = manifest["tokenizer"]
     if name.endswith(".pt"):
@@ -23,7 +24,15 @@ def load_trunk(name, manifest):
         if checkpoint["trunk_lora"]:
             trunk.merge_lora()
         return trunk
-    from plumbing.gpt2_weights import load_gpt2  # here: no other trunk needs it
+    from plumbing.hub_weights import is_hub_trunk, load_llama  # here: a checkpoint needs neither of them
+
+    if is_hub_trunk(name):
+        from plumbing.hub_tokenizer import load_hub_tokenizer
+        encoding = load_hub_tokenizer(name)
+        if encoding is not None:
+            check_tokenizer(name, describe_tokenizer(encoding), wanted)
+        return load_llama(name, manifest["n_vocab"])
+    from plumbing.gpt2_weights import load_gpt2
 
     trunk = load_gpt2(name)
     n, n_vocab = trunk.config.vocab_size, manifest["n_vocab"]

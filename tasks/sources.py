@@ -7,7 +7,6 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from configurator import UserError, require
 from plumbing.download import download, file_sha256
@@ -19,8 +18,8 @@ SEED = 1337                              # of what is held out for validation
 @dataclass(frozen=True)
 class Options:
     out_dir: str = ""                    # folder that the data is written to; empty: data/<task>
-    tokenizer: Literal["auto", "gpt2", "arithmetic"] = "auto"    # auto: the tokenizer of the task
-    drop_long: bool = False              # leave out training problems that are longer than 1,024 tokens
+    tokenizer: str = "auto"              # auto: the task's; gpt2, arithmetic, or a trunk of Llama's type
+    drop_long: bool = False              # leave out training problems that are longer than the trunk can read
 
 
 @dataclass(frozen=True)
