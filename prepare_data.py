@@ -32,7 +32,7 @@ import numpy as np
 from configurator import UserError, configure, require, run
 from plumbing.dataset import write_manifest, write_split
 from plumbing.files import lock
-from plumbing.tokenizer import ENDOFTEXT, describe_tokenizer
+from plumbing.tokenizer import describe_tokenizer
 from tasks import TASKS, TOKENIZERS, TRAINED_ON, check_gold
 from tasks.problem import encode_problem, make_split
 from tasks.sources import SEED
@@ -42,8 +42,9 @@ TRAINING = (*TRAINED_ON, "val", "mix_val")           # training reads these: wha
 
 
 # ---------------------------------------------------------------------------------- problems to tokens
-def choose_tokenizer(name):
+def choose_tokenizer(name, chat):
     """Return the Encoding of that name, and how many tokens a trunk with it can read."""
+    require(not (chat and name in TOKENIZERS), f"--chat does nothing with tokenizer={name}, which has none")
     if name in TOKENIZERS:
         return TOKENIZERS[name](), MAX_TOKENS
     from plumbing.hub_tokenizer import count_positions, is_hub_tokenizer, load_hub_tokenizer
@@ -51,7 +52,7 @@ def choose_tokenizer(name):
 
     require(is_hub_tokenizer(name), f"tokenizer={name!r}, but it must be auto, {', '.join(TOKENIZERS)}, a "
             f"folder with a tokenizer.json, a .gguf file, or one of {', '.join(HUB)}")
-    return load_hub_tokenizer(name), count_positions(name)
+    return load_hub_tokenizer(name, chat), count_positions(name)
 
 
 def encode_split(encoding, split, problems, group_names, drop_long, most):
@@ -103,7 +104,8 @@ def make(name, options, folder):
     splits, sources = task.load(options, folder.parent / "source")
     warn(task, splits)
     group_names = name_groups(task, splits)
-    encoding, most = choose_tokenizer(task.tokenizer if options.tokenizer == "auto" else options.tokenizer)
+    name_of_tokenizer = task.tokenizer if options.tokenizer == "auto" else options.tokenizer
+    encoding, most = choose_tokenizer(name_of_tokenizer, options.chat)
     report = [f"{name}: tokenizer {encoding.name} with {encoding.n_vocab} tokens"]
     counts = {}
     longest = 0
@@ -119,9 +121,10 @@ def make(name, options, folder):
         task=name, tokenizer=describe_tokenizer(encoding), n_vocab=encoding.n_vocab, eot=encoding.eot_token,
         prompt=task.prompt, shots=task.shots, counts=counts, max_tokens=longest, group_names=group_names,
         sources=sources, seed=getattr(options, "seed", SEED),
-        strip_annotations=getattr(options, "strip_annotations", False)))
-    example = next(iter(splits.values()))[0]
-    text = "\n" + example.prompt + example.answer + ENDOFTEXT
+        strip_annotations=getattr(options, "strip_annotations", False),
+        **({"chat": True} if options.chat else {})))
+    prompt, answer = encode_problem(encoding, next(iter(splits.values()))[0])
+    text = "\n" + encoding.decode([*prompt, *answer])
     return "\n".join([*report, "for example:"]) + text.replace("\n", "\n    ")
 
 

@@ -1,7 +1,7 @@
 """
 How much memory does a training step take? We count it with fake tensors, which have shapes but no data.
 
-    python -m bench.memory        # writes docs/MEMORY.md: GPT-2 of all sizes, L2D and full finetuning
+    python -m bench.memory        # writes docs/MEMORY.md: GPT-2 and Llama's type, L2D and full finetuning
 
 The count is the peak, within an optimizer step, of the bytes of all live tensors: weights, gradients, the
 optimizer's state, and what forward and backward hold. It leaves out the GPU's context, what kernels take for
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import train
-from bench.models import MODES, Trainee, random_pair
+from bench.models import LLAMA_SIZES, MODES, Trainee, random_pair
 from configurator import configure, run
 from plumbing.files import write_file
 from plumbing.gpt2_weights import GPT2_SIZES
@@ -53,15 +53,21 @@ class Meter(TorchDispatchMode):
 def step_bytes(size, mode, shapes, dtype=torch.bfloat16):
     """Count the bytes that stay between training steps, and the peak of one step for each shape of batch.
 
-    size: a GPTConfig. mode: a key of MODES. shapes: a list of (rows, length, targets), or of (rows, length,
-    targets, "validation") for a batch without gradients. Returns the bytes that stay, and a list of peaks.
+    size: a GPTConfig or LlamaConfig. mode: a key of MODES; a trunk of Llama's type that is frozen is in
+    bfloat16. shapes: a list of (rows, length, targets), or of (rows, length, targets, "validation") for a
+    batch without gradients. Returns the bytes that stay, and a list of peaks.
     """
     with torch.device("meta"):
         model = random_pair(size, *MODES[mode])
+    if size in LLAMA_SIZES.values() and MODES[mode][0] == "frozen":
+        model.trunk.bfloat16()
     with FakeTensorMode(), Meter() as meter:
         for module in model.modules():                            # autocast does not work on meta tensors
             for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(p.shape), p.requires_grad))
+                new = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                setattr(module, name, new)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         trainee = Trainee(model, None, dtype)
         for p in train.trained_parameters(model):
             p.grad = torch.zeros_like(p)
@@ -95,7 +101,8 @@ PARTS = (1, 4, 16)                              # values of --gradient_accumulat
 TEXT = """# Memory of a training step
 
 `python -m bench.memory` wrote this page. It counts fake tensors: weights in float32, autocast to bfloat16,
-AdamW, a batch of 32 examples of GSM8K, no torch.compile. It has not been compared with a GPU;
+AdamW, a batch of 32 examples of GSM8K, no torch.compile. A frozen trunk of Llama's type is in bfloat16
+(`--trunk_dtype=bfloat16`). The page has not been compared with a GPU;
 `python -m bench --gpu_report` does that.
 
 The first table is in GB (10^9 bytes). "stays" is what remains between steps: the weights and the optimizer's
@@ -149,7 +156,7 @@ class Config:
 
 def main(argv=None):
     config = configure(Config, argv, __doc__)
-    text = format_page(GPT2_SIZES, [mode for mode in MODES if mode != "trunk LoRA"])
+    text = format_page(GPT2_SIZES | LLAMA_SIZES, [mode for mode in MODES if mode != "trunk LoRA"])
     write_file(config.out, lambda file: file.write(text.encode()))
 
 

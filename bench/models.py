@@ -1,5 +1,5 @@
 """
-What is measured: pairs with random weights, of any size of GPT-2, and a training step.
+What is measured: pairs with random weights, of any size of GPT-2, or of Llama's type, and a training step.
 """
 from contextlib import nullcontext
 
@@ -7,10 +7,16 @@ import torch
 import torch.nn as nn
 
 import train
-from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
+from llama import LlamaConfig
+from model import L2D, DiffusionPath, GPTConfig, PathConfig
+from plumbing.checkpoint import families
 from plumbing.gpt2_weights import GPT2_SIZES
 
-SIZES = GPT2_SIZES | {"tiny": GPTConfig(vocab_size=1024, n_layer=2, n_head=2, n_embd=64)}
+LLAMA_SIZES = {                                                   # positions cut to what GSM8K needs
+    "SmolLM2-135M": LlamaConfig(2048, 49152, 30, 9, 3, 576, 64, 1536),
+    "Llama-3.2-1B": LlamaConfig(2048, 128256, 16, 32, 8, 2048, 64, 8192),
+}
+SIZES = GPT2_SIZES | LLAMA_SIZES | {"tiny": GPTConfig(vocab_size=1024, n_layer=2, n_head=2, n_embd=64)}
 MODES = {                                                         # name: (trunk_mode, path_mode)
     "full finetuning": ("full", "none"),
     "trunk LoRA": ("lora", "none"),
@@ -22,11 +28,12 @@ MODES = {                                                         # name: (trunk
 def random_pair(size, trunk_mode="frozen", path_mode="none", seed=0, path_init="trunk"):
     """A pair with random weights, of which the same parameters train as in train.py.
 
-    size: a GPTConfig. With path_init="paper" w_d is 0 at every t, so the pair predicts exactly what its trunk
-    does.
+    size: a GPTConfig or LlamaConfig. With path_init="paper" w_d is 0 at every t, so the pair predicts exactly
+    what its trunk does.
     """
     torch.manual_seed(seed)
-    trunk = GPT(size)
+    (trunk_class,) = [kind for kind, config in families().values() if type(size) is config]
+    trunk = trunk_class(size)
     config = PathConfig(path_mode=path_mode, path_init=path_init)
     model = L2D(trunk, DiffusionPath(trunk, config, 1) if path_mode != "none" else None)
     trunk.requires_grad_(trunk_mode == "full")

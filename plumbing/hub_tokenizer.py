@@ -22,12 +22,34 @@ OF_GGUF = {"gpt-2": (GPT2_PATTERN, ""), "smollm": (DIGITS_PATTERN, ""), "llama-b
            "qwen2": (QWEN2_PATTERN, "NFC")}                       # tokenizer.ggml.pre: pattern, normal form
 
 
-def load_hub_tokenizer(name):
+# A question in the format of Instruct models, by a special token that only these models have
+CHATML = ("<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+CHATS = {
+    "<|start_header_id|>":                                        # Llama 3
+        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<|object_ref_start|>": CHATML % "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "<reponame>": CHATML % "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+}
+
+
+def find_chat(name, special, end):
+    """The chat format of a model with these special tokens. Raises UserError where none is known."""
+    found = [chat for token, chat in CHATS.items() if token in special]
+    require(found, f"--chat, but no chat format is known for {name}; leave it out, or add one to CHATS")
+    require(end in found[0], f"--chat, but {name} ends a text with {end}, as a base model does, not with a "
+            "turn; choose its Instruct model, or leave --chat out")
+    return found[0]
+
+
+def load_hub_tokenizer(name, chat=False):
     """
     Return the Tokenizer of the trunk with that name, or None where its folder has none.
 
-    name: a key of HUB, a folder as the hub has it, or a .gguf file. The text ends with the end of text that
-    the model's config names; of several, with the last, which ends a turn of Llama 3's Instruct models.
+    name: a key of HUB, a folder as the hub has it, or a .gguf file. chat: whether each prompt is put into the
+    model's chat format. A text ends with the end of text that the model's config names. Of several it is the
+    last, which ends a turn of Llama 3's Instruct models.
     """
     if name.endswith(".gguf"):
         from plumbing.gguf_file import read_gguf_tokenizer  # here: it needs a package that others do not
@@ -36,7 +58,7 @@ def load_hub_tokenizer(name):
         require(pattern_name in OF_GGUF, f"{name} has a tokenizer.ggml.pre={pattern_name!r}; read here are: "
                 f"{', '.join(OF_GGUF)}")
         pattern, normal_form = OF_GGUF[pattern_name]
-        return make_tokenizer(name, **parts, pattern=pattern, normal_form=normal_form)
+        return make_tokenizer(name, **parts, pattern=pattern, normal_form=normal_form, chat=chat)
     folder = find_folder(name, "config.json", "tokenizer.json")
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -45,7 +67,7 @@ def load_hub_tokenizer(name):
     end = config.get("eos_token_id")
     if isinstance(end, list):
         end = (end or [None])[-1]
-    return make_tokenizer(name, **read_tokenizer_json(read_json(path), path), end=end)
+    return make_tokenizer(name, **read_tokenizer_json(read_json(path), path), end=end, chat=chat)
 
 
 def count_positions(name):
@@ -63,12 +85,12 @@ def is_hub_tokenizer(name):
     return name in HUB or name.endswith(".gguf") or path.exists()
 
 
-def make_tokenizer(name, vocab, merges, special, pattern, normal_form, begin, end):
+def make_tokenizer(name, vocab, merges, special, pattern, normal_form, begin, end, chat):
     """
     Return a Tokenizer. Raises UserError where tiktoken would encode differently.
 
     vocab: {text: token}, each byte of the text written as GPT-2 writes it. merges: pairs of texts, in order.
-    special: {text: token}. begin: a text or "". end: a token.
+    special: {text: token}. begin: a text or "". end: a token. chat: whether prompts are turns of a chat.
     """
     letters = {letter: byte for byte, letter in bytes_as_letters().items()}
     names = {token: text for text, token in special.items()}
@@ -83,7 +105,8 @@ def make_tokenizer(name, vocab, merges, special, pattern, normal_form, begin, en
             "which is not computed here; use another model")
     require(end in names, f"the config of {name} has eos_token_id={end!r}, which is not a special token of "
             "its tokenizer; name one there")
-    return Tokenizer(name, names[end], begin, normal_form, pat_str=pattern, mergeable_ranks=ranks,
+    chat = find_chat(name, special, names[end]) if chat else ""
+    return Tokenizer(name, names[end], begin, normal_form, chat, pat_str=pattern, mergeable_ranks=ranks,
                      special_tokens=special)
 
 

@@ -24,13 +24,16 @@ class Tokenizer(tiktoken.Encoding):
     """A tiktoken Encoding for which some things need not be as in GPT-2's.
 
     end: the name of the special token that ends a text. begin: that of the token which every prompt begins
-    with, "" for none. normal_form: of Unicode, to which a text is brought first, such as "NFC".
+    with, "" for none. normal_form: of Unicode, to which a text is brought first, such as "NFC". chat: a text
+    with {} into which every prompt is put, a turn of a chat; "" for none.
     """
-    def __init__(self, name, end, begin="", normal_form="", **parts):
+    def __init__(self, name, end, begin="", normal_form="", chat="", **parts):
         super().__init__(name, **parts)
-        self.more = {"end": end, "begin": begin, "normal_form": normal_form}
+        self.more = {"end": end, "begin": begin, "normal_form": normal_form, "chat": chat}
         self.eot_token                                            # a KeyError, if there is no such token
-        self.begin = [self._special_tokens[begin]] if begin else []
+        before, after = (chat or "{}").split("{}")
+        self.before = self.encode(begin + before, allowed_special="all")
+        self.after = self.encode(after, allowed_special="all")
 
     @property
     def eot_token(self):
@@ -92,11 +95,11 @@ def load_gpt2_tokenizer():
 
 
 def fingerprint(encoding):
-    """Return 16 hexadecimal digits that differ where two Encodings encode differently."""
+    """Return 16 hexadecimal digits that differ where two Encodings encode a text differently."""
     parts = (sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]), encoding._pat_str,
              sorted(encoding._special_tokens.items()))
     if isinstance(encoding, Tokenizer):
-        parts += (sorted(encoding.more.items()),)
+        parts += (sorted((k, v) for k, v in encoding.more.items() if k != "chat"),)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -113,7 +116,14 @@ def encode_text(encoding, text, place):
 
 def encode_prompt(encoding, text, place):
     """Return the token ids of a text that the model is to continue. Raises UserError as encode_text does."""
-    return getattr(encoding, "begin", []) + encode_text(encoding, text, place)
+    ids = encode_text(encoding, text, place)
+    return [*encoding.before, *ids, *encoding.after] if isinstance(encoding, Tokenizer) else ids
+
+
+def encode_answer(encoding, text, place):
+    """Return the token ids of what follows a prompt, without the end of text. Raises UserError, too."""
+    chat = isinstance(encoding, Tokenizer) and encoding.more["chat"]
+    return encode_text(encoding, text.lstrip() if chat else text, place)  # a turn begins without a space
 
 
 def encode_question(encoding, prompt, question):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.dataset import Split
-from plumbing.tokenizer import encode_prompt, encode_text
+from plumbing.tokenizer import encode_answer, encode_prompt
 
 PROMPT = "Question: {}\nAnswer:"         # GSM8K's, and that of most tasks. The answer follows after a space.
 GROUPS = ("math", "code", "knowledge")   # of the benchmarks
@@ -30,7 +30,7 @@ def encode_problem(encoding, problem):
     They are encoded apart, so that a prompt has the same ids in training and in sampling.
     """
     prompt = encode_prompt(encoding, problem.prompt, problem.place)
-    answer = encode_text(encoding, problem.answer, problem.place)
+    answer = encode_answer(encoding, problem.answer, problem.place)
     return prompt, [*answer, encoding.eot_token]
 
 

@@ -19,6 +19,7 @@ SEED = 1337                              # of what is held out for validation
 class Options:
     out_dir: str = ""                    # folder that the data is written to; empty: data/<task>
     tokenizer: str = "auto"              # auto: the task's; gpt2, arithmetic, or a trunk of Llama's type
+    chat: bool = False                   # ask in the chat format of the Instruct model that --tokenizer is of
     drop_long: bool = False              # leave out training problems that are longer than the trunk can read
 
 

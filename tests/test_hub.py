@@ -13,7 +13,7 @@ import sample
 import train
 from llama import Llama, LlamaConfig
 from plumbing.checkpoint import load_checkpoint
-from plumbing.dataset import load_manifest
+from plumbing.dataset import load_manifest, load_split
 from plumbing.download import authorization
 from plumbing.hub_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, load_hub_tokenizer
 from plumbing.hub_weights import HUB, is_hub_trunk, load_llama, read_config
@@ -227,6 +227,33 @@ def test_data_training_and_sampling_with_a_folder(llama_run, capsys):
     assert checkpoint["trunk_config"]["family"] == "llama" and checkpoint["trunk_config"]["vocab_size"] == 400
     sample.main([f"--out_dir={out}", "--prompt=What is 3 plus 4?", "--steps=4", "--max_new_tokens=12", "--trace"])
     assert "Question: What is 3 plus 4?" in capsys.readouterr().out
+
+
+def test_chats_in_data_training_and_sampling(llama_run, texts, tmp_path, capsys):
+    """A tokenizer with SmolLM2's special tokens, whose text ends with a turn of the chat."""
+    shutil.copytree(llama_run[0], tmp_path / "trunk")
+    tok = library_tokenizer("smollm", texts)
+    tok.add_special_tokens(["<reponame>"])
+    tok.save(str(tmp_path / "trunk" / "tokenizer.json"))
+    (tmp_path / "train.jsonl").write_text('{"question": "What is 1 plus 2?", "answer": "#### 3"}\n' * 4)
+    prepare = ["jsonl", f"--source={tmp_path}/train.jsonl", "--val=2", f"--tokenizer={tmp_path}/trunk", f"--out_dir={tmp_path}/data"]
+    says(error_of(prepare_data.main, [*prepare, "--chat"]), "base model", "Instruct")
+    config = json.loads((tmp_path / "trunk" / "config.json").read_text())
+    (tmp_path / "trunk" / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    prepare_data.main([*prepare, "--chat"])
+    example = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+               "<|im_start|>user\nQuestion: What is 1 plus 2?\nAnswer:<|im_end|>\n<|im_start|>assistant\n#### 3<|im_end|>")
+    assert example.replace("\n", "\n    ") in capsys.readouterr().out
+    data, manifest = load_split(tmp_path / "data", "train"), load_manifest(tmp_path / "data")
+    tokens = data.tokens[:data.offsets[1]].tolist()
+    chat = load_tokenizer(manifest["tokenizer"])
+    assert chat.decode(tokens) == example and manifest["chat"] and tokens[0] == 1 and tokens[-1] == 2
+    assert chat.decode([token for token, is_target in zip(tokens, data.mask) if is_target]) == "#### 3<|im_end|>"
+    train.main(argv(data_dir=tmp_path / "data", trunk=tmp_path / "trunk", out_dir=tmp_path / "out", max_iters=2, warmup_iters=1,
+                    batch_size=2, block_size=150))
+    sample.main([f"--out_dir={tmp_path}/out", "--prompt=What is 1 plus 2?", "--steps=2", "--max_new_tokens=3"])
+    assert example[:example.index("####")] in capsys.readouterr().out
+    says(error_of(prepare_data.main, ["arithmetic", "--chat", f"--out_dir={tmp_path}/x"]), "--chat", "arithmetic")
 
 
 def test_a_trunk_of_another_tokenizer_is_refused(llama_run, arithmetic, tmp_path, texts):

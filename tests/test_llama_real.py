@@ -115,6 +115,21 @@ def test_its_tokenizer_is_the_librarys_on_gsm8k(encoding):
     assert n == 17584
 
 
+def test_its_chat_format_is_that_of_its_template(theirs):
+    """The file holds the template, for jinja2. ours is one string with a place for the question."""
+    import gguf
+    import jinja2
+    template = gguf.GGUFReader(FILE).fields["tokenizer.chat_template"].contents()
+    chat = load_hub_tokenizer(FILE, chat=True)
+    question = PROMPTS[1]
+    text = jinja2.Template(template).render(messages=[{"role": "user", "content": question}], add_generation_prompt=True)
+    ids = encode_prompt(chat, question, "here")
+    assert ids == chat.encode(text, allowed_special="all") and chat.decode(ids) == text
+    answer = generate_one(L2D(load_llama(FILE, chat.n_vocab)), encode_prompt(chat, "What is the capital of France?", "here"),
+                          chat.eot_token, DecodingConfig(steps=1, max_new_tokens=20))
+    assert answer.ended and "Paris" in chat.decode(answer.tokens)
+
+
 def test_three_steps_lower_the_loss(tmp_path, encoding):
     rows = [{"question": f"What is {a} plus {a + 3}?", "answer": f"#### {2 * a + 3}"} for a in range(20)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
