@@ -1,5 +1,5 @@
 """
-What does a step cost? Counted and measured, with random weights of any GPT-2 size, so without a download.
+What does a step cost? Counted and measured, with random weights of a model's size, so without a download.
 
     python -m bench --baseline                  # decoding of GPT-2 124M, with transformers' beside ours
     python -m bench --out_dir=out/demo_l2d      # decoding of a trained run, on its validation prompts
@@ -51,7 +51,7 @@ from plumbing.provenance import provenance
 @dataclass(frozen=True)
 class Config:                       # `--help` prints the comments of this class
     # what to measure
-    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "tiny"] = "gpt2"
+    model: Literal[(*SIZES,)] = "gpt2"
     out_dir: str = ""               # of train.py: decode with its best.pt, in place of random weights
     decode: bool = True
     train: bool = False

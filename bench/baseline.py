@@ -3,8 +3,9 @@ transformers' GPT-2, to compare the speed of plain decoding with.
 """
 import torch
 
-from configurator import UserError
+from configurator import UserError, require
 from decode import Continuation
+from model import GPTConfig
 
 
 def make_baseline(trunk, eot, max_new_tokens):
@@ -42,6 +43,7 @@ def make_gpt2(trunk):
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         raise UserError("--baseline needs transformers: pip install -r requirements-dev.txt") from None
+    require(type(trunk.config) is GPTConfig, "--baseline is transformers' GPT-2; choose a size of GPT-2")
     weights = {f"transformer.{name}": w for name, w in trunk.state_dict().items()}
     for name in weights:
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):

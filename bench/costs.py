@@ -2,24 +2,61 @@
 Costs that can be counted: parameters, FLOPs and bytes of a pass, and how many passes a run made.
 """
 from collections import Counter
+from typing import NamedTuple
+
+from llama import LlamaConfig
+from model import GPTConfig
+
+
+class Shape(NamedTuple):
+    """What costs of a block and of the rest of a trunk depend on."""
+    maps: list                      # (inputs, outputs) of the linear maps of a block
+    path_maps: list                 # the same, of a block of the path, which has no keys and values
+    small: int                      # biases and norms of a block
+    path_small: int
+    queries: int                    # width of all queries of a position
+    keys: int                       # width of all keys of a position, and that of its values
+    others: int                     # parameters of the trunk besides blocks, wte and the final norm
+    norm: int                       # of a norm
+
+
+def gpt2_shape(size):
+    C = size.n_embd
+    mlp = [(C, 4 * C), (4 * C, C)]
+    return Shape([(C, 3 * C), (C, C), *mlp], [(C, C), (C, C), *mlp], 13 * C, 11 * C, C, C,
+                 size.block_size * C, 2 * C)
+
+
+def llama_shape(size):
+    C = size.n_embd
+    q = size.n_head * size.head_size
+    k = size.n_kv_head * size.head_size
+    mlp = [(C, size.n_hidden), (C, size.n_hidden), (size.n_hidden, C)]
+    return Shape([(C, q), (C, k), (C, k), (q, C), *mlp], [(C, q), (q, C), *mlp],
+                 2 * C + size.qkv_bias * (q + 2 * k), 2 * C + size.qkv_bias * q, q, k,
+                 0 if size.tied else size.vocab_size * C, C)
+
+
+SHAPES = {GPTConfig: gpt2_shape, LlamaConfig: llama_shape}
 
 
 def count_parameters(size, path):
-    """{part: its number of parameters}. size: a GPTConfig. path: a PathConfig, of a path with one group."""
+    """{part: its number of parameters}. size: a trunk's config. path: a PathConfig, with one group."""
     L, C = size.n_layer, size.n_embd
     D, E, r = path.x_dim, path.t_dim, path.lora_rank
+    shape = SHAPES[type(size)](size)
     n = {
-        "trunk_blocks": L * (12 * C * C + 13 * C),
-        "head": size.vocab_size * C,                              # tied to the embedding
-        "trunk_lora": L * r * 16 * C,
-        "path_blocks": L * (10 * C * C + 11 * C),                 # they have no keys and values
-        "path_lora": L * r * 14 * C,
+        "trunk_blocks": L * (sum(a * b for a, b in shape.maps) + shape.small),
+        "head": size.vocab_size * C,
+        "trunk_lora": L * r * sum(a + b for a, b in shape.maps),
+        "path_blocks": L * (sum(a * b for a, b in shape.path_maps) + shape.path_small),
+        "path_lora": L * r * sum(a + b for a, b in shape.path_maps),
         "modulation": L * (E * E + E + 6 * C * E + 6 * C),
         "W": C * D,
         "x_in": D * D + D + D * C + C,
         "t_in_group_w": 2 * (E * E + E) + 2 * E + (E * E + E + E * C),
     }
-    n["trunk"] = n["trunk_blocks"] + n["head"] + size.block_size * C + 2 * C
+    n["trunk"] = n["trunk_blocks"] + size.vocab_size * C + shape.others + shape.norm
     rest = n["modulation"] + n["W"] + n["x_in"] + n["t_in_group_w"]
     n["l2d_full_path"] = n["path_blocks"] + rest
     n["l2d_lora_path"] = n["path_lora"] + rest
@@ -34,12 +71,14 @@ def count_pass(size, path, S):
     """
     n = count_parameters(size, path)
     L, C, D = size.n_layer, size.n_embd, path.x_dim
+    shape = SHAPES[type(size)](size)
+    trunk_maps, path_maps = (L * sum(a * b for a, b in maps) for maps in (shape.maps, shape.path_maps))
     lora = n["path_lora"] if path.path_mode == "lora" else 0
-    attention = 4 * L * S * C
-    kv = 2 * L * C * S
+    attention = 4 * L * S * shape.queries
+    kv = 2 * L * S * shape.keys
     return {
-        "trunk": {"flops": 24 * L * C * C + attention, "weights": n["trunk_blocks"], "kv": kv},
-        "path": {"flops": 2 * (10 * L * C * C + D * D + D * C + lora) + attention,
+        "trunk": {"flops": 2 * trunk_maps + attention, "weights": n["trunk_blocks"], "kv": kv},
+        "path": {"flops": 2 * (path_maps + D * D + D * C + lora) + attention,
                  "weights": n["path_blocks"] + n["x_in"] + lora, "kv": kv},
         "head": {"flops": 2 * n["head"], "weights": n["head"], "kv": 0},
     }

@@ -156,7 +156,8 @@ class Config:
 
 def main(argv=None):
     config = configure(Config, argv, __doc__)
-    text = format_page(GPT2_SIZES | LLAMA_SIZES, [mode for mode in MODES if mode != "trunk LoRA"])
+    sizes = GPT2_SIZES | {name: LLAMA_SIZES[name] for name in ("SmolLM2-135M", "Llama-3.2-1B")}
+    text = format_page(sizes, [mode for mode in MODES if mode != "trunk LoRA"])
     write_file(config.out, lambda file: file.write(text.encode()))
 
 

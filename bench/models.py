@@ -15,6 +15,8 @@ from plumbing.gpt2_weights import GPT2_SIZES
 LLAMA_SIZES = {                                                   # positions cut to what GSM8K needs
     "SmolLM2-135M": LlamaConfig(2048, 49152, 30, 9, 3, 576, 64, 1536),
     "Llama-3.2-1B": LlamaConfig(2048, 128256, 16, 32, 8, 2048, 64, 8192),
+    "Qwen2.5-0.5B": LlamaConfig(2048, 151936, 24, 14, 2, 896, 64, 4864, qkv_bias=True),
+    "tiny-llama": LlamaConfig(1024, 1024, 2, 4, 2, 64, 16, 192, qkv_bias=True, tied=False),
 }
 SIZES = GPT2_SIZES | LLAMA_SIZES | {"tiny": GPTConfig(vocab_size=1024, n_layer=2, n_head=2, n_embd=64)}
 MODES = {                                                         # name: (trunk_mode, path_mode)

@@ -76,12 +76,13 @@ def test_formulas_count_the_parameters_of_the_modules(name):
         "path_lora": numel(lora.path.h) - numel(*modulations), "trunk_lora": numel(trunk_lora) - numel(trunk)}
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama"])
 @pytest.mark.parametrize("path_mode", ["full", "lora"])
-def test_a_pass_costs_what_torch_counts(path_mode):
+def test_a_pass_costs_what_torch_counts(path_mode, name):
     S = 24
-    model = random_pair(TINY, "frozen", path_mode).requires_grad_(False)
+    model = random_pair(SIZES[name], "frozen", path_mode).requires_grad_(False)
     trunk, path = model.trunk, model.path
-    cost = count_pass(TINY, path.config, S)
+    cost = count_pass(SIZES[name], path.config, S)
     cache = trunk(torch.zeros(1, S, dtype=torch.long))[1]
     pos = torch.tensor([S - 1])
     mask = torch.ones(1, 1, 1, S, dtype=torch.bool)
@@ -101,8 +102,9 @@ def test_a_pass_costs_what_torch_counts(path_mode):
 
     used = numel(path.x_in, path.h) - numel(*(block.modulation for block in path.h))
     if path_mode == "lora":                                       # no keys and values
-        c_attn = [block.attn.c_attn for block in trunk.h]
-        used += numel(trunk.h) - 2 * numel(*c_attn) // 3
+        attns = [block.attn for block in trunk.h]
+        none = [z for attn in attns for z in ((attn.c_k, attn.c_v) if name == "tiny-llama" else (attn.c_attn,))]
+        used += numel(trunk.h) - numel(*none) * (1 if name == "tiny-llama" else 2) // (1 if name == "tiny-llama" else 3)
     assert [cost[part]["weights"] for part in cost] == [numel(trunk.h), used, numel(trunk.wte)]
     assert cost["path"]["kv"] == cost["trunk"]["kv"] == sum(z.numel() for pair in cache for z in pair)
 
