@@ -21,9 +21,8 @@ OTHERS = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_
 OF_GGUF = {"gpt-2": (GPT2_PATTERN, ""), "smollm": (DIGITS_PATTERN, ""), "llama-bpe": (LLAMA3_PATTERN, ""),
            "qwen2": (QWEN2_PATTERN, "NFC")}                       # tokenizer.ggml.pre: pattern, normal form
 
-
-# A question in the format of Instruct models, by a special token that only these models have
-CHATML = ("<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+# A question in the chat format of Instruct models, by a special token that only these models have
+CHATML = "<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 CHATS = {
     "<|start_header_id|>":                                        # Llama 3
         "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
@@ -76,7 +75,8 @@ def count_positions(name):
         from plumbing.gguf_file import read_gguf_config
         return read_gguf_config(name).block_size
     path = find_folder(name, "config.json") / "config.json"
-    return read_config(read_json(path), path).block_size
+    config = read_json(path)
+    return config.get("n_positions") or read_config(config, path).block_size        # the first is GPT-2's
 
 
 def is_hub_tokenizer(name):
@@ -106,8 +106,12 @@ def make_tokenizer(name, vocab, merges, special, pattern, normal_form, begin, en
     require(end in names, f"the config of {name} has eos_token_id={end!r}, which is not a special token of "
             "its tokenizer; name one there")
     chat = find_chat(name, special, names[end]) if chat else ""
-    return Tokenizer(name, names[end], begin, normal_form, chat, pat_str=pattern, mergeable_ranks=ranks,
-                     special_tokens=special)
+    try:
+        return Tokenizer(name, names[end], begin, normal_form, chat, pat_str=pattern, mergeable_ranks=ranks,
+                         special_tokens=special)
+    except (ValueError, KeyError) as e:
+        raise UserError(f"tiktoken cannot make the tokenizer of {name} ({type(e).__name__}: {e}); use "
+                        "another model") from None
 
 
 def bytes_as_letters():
@@ -130,9 +134,13 @@ def read_tokenizer_json(found, path):
         pattern = read_pattern(found["pre_tokenizer"])
         if pattern is None:
             strange.append(f"pre_tokenizer {found['pre_tokenizer']}")
-        require(not strange, f"{path} has {', '.join(strange)}, which is not computed here; use another")
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in model["merges"]]
         special = {token["content"]: token["id"] for token in found["added_tokens"]}
+        made = {a + b for a, b in merges} | set(special)
+        whole = [text for text in model["vocab"] if len(text) > 1 and text not in made]
+        if whole and not model.get("ignore_merges"):              # tiktoken would find these in a text
+            strange.append(f"tokens that no merge makes ({', '.join(whole[:3])})")
+        require(not strange, f"{path} has {', '.join(strange)}, which is not computed here; use another")
         return dict(vocab=model["vocab"], merges=merges, special=special, pattern=pattern,
                     normal_form=normal_form, begin=read_begin(found.get("post_processor")))
     except (KeyError, TypeError, AttributeError) as e:

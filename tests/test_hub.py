@@ -1,6 +1,9 @@
 """Models of Llama's type as the hub has them: weights against transformers, tokenizers against the library tokenizers."""
+import hashlib
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,13 @@ from llama import Llama, LlamaConfig
 from plumbing.checkpoint import load_checkpoint
 from plumbing.dataset import load_manifest, load_split
 from plumbing.download import authorization
-from plumbing.hub_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, load_hub_tokenizer
+from plumbing.hub_tokenizer import (
+    DIGITS_PATTERN,
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+    count_positions,
+    load_hub_tokenizer,
+)
 from plumbing.hub_weights import HUB, is_hub_trunk, load_llama, read_config
 from plumbing.tokenizer import describe_tokenizer, encode_prompt, encode_text, load_tokenizer
 
@@ -85,6 +94,11 @@ def damaged(found, what):
         found["normalizer"] = {"type": "Lowercase"}
     elif what == "pre_tokenizer":
         found["pre_tokenizer"] = {"type": "Whitespace"}
+    elif what == "whole words":
+        found["model"]["merges"].pop()
+    elif what == "pattern":
+        found["pre_tokenizer"]["pretokenizers"][0] = {"type": "Split", "pattern": {"Regex": "(unclosed"}, "behavior": "Isolated"}
+        found["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = False
     elif what == "prefix":
         found["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
     else:
@@ -93,7 +107,7 @@ def damaged(found, what):
 
 @pytest.mark.parametrize("what, part", [
     ("order", "merges in another order"), ("bytes", "byte_fallback"), ("kind", "Unigram"), ("normalizer", "Lowercase"),
-    ("pre_tokenizer", "Whitespace"), ("prefix", "pre_tokenizer"), ("model", "KeyError"), ("added_tokens", "KeyError")])
+    ("pre_tokenizer", "Whitespace"), ("whole words", "no merge makes"), ("pattern", "tiktoken cannot"), ("prefix", "pre_tokenizer"), ("model", "KeyError"), ("added_tokens", "KeyError")])
 def test_another_kind_of_tokenizer_is_refused_by_name(tmp_path, texts, what, part):
     library_tokenizer("smollm", texts).save(str(tmp_path / "tokenizer.json"))
     found = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -193,6 +207,50 @@ def test_the_hubs_token_goes_to_the_hub_alone(monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert authorization("https://huggingface.co/x/y") == {}
     assert all("/" in place for place in HUB.values()) and is_hub_trunk("SmolLM2-135M") and not is_hub_trunk("gpt2")
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """A loopback hub, which names the hash of weights alone."""
+    def do_GET(self):
+        self.server.paths.append(f"{self.command} {self.path}")
+        data = (self.server.folder / self.path.rpartition("/")[2]).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        if self.path.endswith(".safetensors"):
+            self.send_header("X-Linked-Etag", f'"{self.server.sha256 or hashlib.sha256(data).hexdigest()}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_name_is_downloaded_from_the_hub_and_kept(tmp_path, texts, monkeypatch):
+    (tmp_path / "there").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    server.folder, server.paths, server.sha256 = tiny_folder(tmp_path / "there", texts), [], None
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("plumbing.download.LARGEST", 1 << 16)     # weights are larger, but their hash is known
+    monkeypatch.chdir(tmp_path)
+    assert load_hub_tokenizer("Qwen2.5-0.5B").n_vocab == 400 and count_positions("Qwen2.5-0.5B") == 150
+    assert not any("safetensors" in path for path in server.paths)
+    trunk = load_llama("Qwen2.5-0.5B", 400)
+    there = load_llama(str(server.folder), 400)
+    assert all(torch.equal(a, b) for a, b in zip(trunk.parameters(), there.parameters()))
+    assert "GET /Qwen/Qwen2.5-0.5B/resolve/main/model.safetensors" in server.paths
+    n = len(server.paths)
+    load_llama("Qwen2.5-0.5B", 400)
+    assert len(server.paths) == n
+    server.sha256 = "0" * 64
+    says(error_of(load_llama, "SmolLM2-135M", 400), "SmolLM2-135M/resolve/main/model.safetensors")
+    assert not (tmp_path / "data/weights/SmolLM2-135M/model.safetensors").exists()
+    server.shutdown()
+    server.server_close()
 
 
 # -------------------------------------------------------------------------------------- from end to end
