@@ -283,7 +283,7 @@ def set_up(config, ranks):
     auto = device_type == "cuda" and not config.unroll
     if (config.compile == "on" or config.compile == "auto" and auto) and compiles(ranks.device):
         loss.compile()                                        # in place, so parameters keep their names
-    options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+    options = dict(gradient_as_bucket_view=True, forward_sync_buffers=False)
     ddp = DistributedDataParallel(loss, **options) if ranks.world > 1 else None
     sampler = diffusion.UNROLLED if config.unroll else {}
     run = Run(manifest, data, val, model, loss, ddp, autocast, optimizer, scaler, stepper, sampler, lock)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import argv, error_of, losses, says, tokens
+from helpers import argv, error_of, losses, says, start_ranks, tokens
 from test_llama import ours, transformers_model
 
 import prepare_data
@@ -331,6 +331,15 @@ def test_a_run_can_be_resumed_and_its_trunk_be_used_again(llama_run, tmp_path, p
     train.main(argv(**options, trunk=folder, out_dir=tmp_path / "parts", max_iters=6, resume=True))
     assert losses(tmp_path / "parts")[-3:] == losses(tmp_path / "whole")[-3:]
     train.main(argv(data_dir=data, trunk=tmp_path / "whole" / "best.pt", out_dir=tmp_path / "next", max_iters=3))
+
+
+def test_two_ranks_are_one_process_with_two_micro_batches(llama_run, tmp_path):
+    folder, data, _ = llama_run
+    options = dict(data_dir=data, trunk=folder, max_iters=4)
+    ranks = start_ranks(tmp_path, 2, argv(**options, out_dir=tmp_path / "ranks"))
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].err()
+    train.main(argv(**options, out_dir=tmp_path / "one", gradient_accumulation_steps=2))
+    torch.testing.assert_close(losses(tmp_path / "ranks"), losses(tmp_path / "one"), atol=1e-5, rtol=1e-5)
 
 
 def test_a_trunk_in_bfloat16(llama_run, tmp_path):
