@@ -51,7 +51,7 @@ def each_alone(model, prompts, eot, config, group=None, ids=None, trace=False):
 def test_generate_one_is_the_naive_algorithm_1(model, setting):
     """With a cache and tables of conditions, against neither; path calls included."""
     config = DecodingConfig(max_new_tokens=6, seed=4, **SETTINGS[setting])
-    for prompt, group, id in zip(PROMPTS, GROUPS, IDS):
+    for prompt, group, id in list(zip(PROMPTS, GROUPS, IDS))[1:4]:               # the last without a group
         output = generate_one(model, prompt, EOT, config, group, id)
         tokens, ended, calls = Naive(model, config, group).generate(prompt, id)
         assert (output.tokens, output.ended, output.nfe) == (tokens, ended, sum(calls))

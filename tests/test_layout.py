@@ -87,6 +87,7 @@ def count_lines(names):
     return sum(len(modules()[name].read_text().splitlines()) for name in names)
 
 
+@lru_cache
 def loaded_by(script):
     """The modules of the project that a fresh process has loaded after `import script`."""
     code = f"import sys, {script}; print(*sys.modules)"
