@@ -14,7 +14,7 @@ Decoding is greedy, and its time includes reading the prompts. Columns:
     a round    tokens that are kept of a draft
     NFE        path calls per token, at the tokens that were kept
     computed   path calls per token, with those that speculation threw away
-    calls      how often the path's weights were read per token of a row (rows of a batch share a call)
+    passes     how often the path ran per token; the rows of a batch share a pass
     floor      the least possible time as a share of the measured one. It assumes that every pass reads its
                weights, keys and values once, or computes its FLOPs, at the best speed of three probes. These
                are a copy, a matrix-vector product and a matrix product, measured in the same run
@@ -64,7 +64,7 @@ class Config:                       # `--help` prints the comments of this class
     # decoding
     steps: str = "16"               # values of T; T = 1, plain decoding, is always measured
     draft: str = "0,8,16"           # most tokens that the trunk drafts in a round
-    ahead: str = "1000"             # most evaluations of a token in one path call; 0: one
+    ahead: str = "1000"             # most evaluations of a token in one pass of the path; 0: one
     acceptance: str = "0.5,0.8,0.95,1"  # random weights: shares of tokens that are not changed
     changes: str = "0"              # random weights: shares of tokens whose guess changes
     stop: float = 0.1               # a trained run: measure with --stop, too; 0: do not

@@ -255,6 +255,6 @@ def make_row(seconds, out, plain, n_plain, floor):
         "a round": n / rounds if rounds else None,
         "NFE": sum(text.nfe for text in out) / n,
         "computed": sum(text.computed for text in out) / n,
-        "calls": sum(text.calls for text in out) / n,
+        "passes": sum(text.passes for text in out) / n,
         "floor": spread(floor / s for s in seconds),
     }

@@ -24,14 +24,16 @@ from plumbing.provenance import commit
 SOURCE, HERE = "out/demo_l2d", os.path.dirname(os.path.abspath(__file__))
 TEXT = """# The demo's model
 
-`best.pt` is the diffusion path and `trunk.pt` the small GPT that `bash demo.sh` trains, in half precision. They are an
-artefact, not a result: `python sample.py --steps=16` uses them where nothing else has been trained.
+`best.pt` is the diffusion path and `trunk.pt` the small GPT that `bash demo.sh` trains, in half precision.
+They are an artefact, not a result: `python sample.py --steps=16` uses them where nothing else has been
+trained.
 
 | | |
 |---|---|
 | made by | `bash demo.sh`, then `python demo/make.py`, at commit {commit} |
 | trunk | `python train.py config/demo_trunk.py`, seed {trunk_seed} |
-| path | `python train.py config/demo_l2d.py`, seed {seed}, {iter_num} iterations, validation loss {loss:.4f} |
+| path | `python train.py config/demo_l2d.py`, seed {seed}, {iter_num} iterations |
+| validation loss | {loss:.4f} |
 | library | torch {torch} |
 | correct, of {n} test problems, in float32 | {accuracy} |
 """

@@ -297,9 +297,9 @@ def test_looking_ahead_takes_one_call_unless_the_guess_changes(tmp_path):
     """Random weights whose guess stays: one call for T - 1 evaluations, and one more for each change."""
     result = run_main(tmp_path, "--steps=5", "--batch=1", "--draft=0", "--ahead=0,9", "--changes=0,1")
     rows = result["decode"]["1"]["rows"]
-    assert [rows[f"T=5, no drafts{more}"]["calls"] for more in ("", ", 100% changing")] == [4, 4]
+    assert [rows[f"T=5, no drafts{more}"]["passes"] for more in ("", ", 100% changing")] == [4, 4]
     stays, changes = (rows[f"T=5, no drafts, ahead up to 9{more}"] for more in ("", ", 100% changing"))
-    assert stays["calls"] <= 4 and stays["NFE"] == changes["NFE"] == stays["computed"] == 4
+    assert stays["passes"] <= 4 and stays["NFE"] == changes["NFE"] == stays["computed"] == 4
     assert all(row["same"] for row in rows.values())
 
 
