@@ -21,8 +21,8 @@ from model import Context
 class DecodingConfig(SamplerConfig):  # `--help` prints the comments of this class
     # how a text is written
     max_new_tokens: int = 320
-    draft: int = 16                 # most tokens that the trunk drafts at once; 0: none. Same text, sooner
-    ahead: int = 1000               # most evaluations of a token in one pass; 0: one. Same text, sooner
+    draft: int = 16                 # most tokens that the trunk drafts at once; 0: none
+    ahead: int = 1000               # most evaluations of a token in one pass; 0: no such speculation
     seed: int = 0
 
     def __post_init__(self):
@@ -71,7 +71,8 @@ def generate_one(model, prompt, eot, config, group=None, text_id=0, trace=False,
         tables = Tables(model)
     x_0, u = draw_noise(model, [text_id], config)                 # (1, max_new_tokens, D), and see there
     group = torch.tensor([model.no_group if group is None else group], device=device)
-    n_places = model.trunk.config.block_size - len(prompt) + 1    # the last place predicts one more token
+    # a prompt that fills all positions still predicts one token
+    n_places = model.trunk.config.block_size - len(prompt) + 1
     out = Continuation()
 
     idx = torch.tensor([prompt], device=device)                   # (1, S)
@@ -150,7 +151,7 @@ class Rows:
     out: list                       # the Continuation of each
     positions: list                 # the position of each row's last token. Numbers: shapes depend on them
     token: torch.Tensor             # (B,) that token
-    h: torch.Tensor                 # (B, C) the trunk's hidden state there; None where it is not known yet
+    h: torch.Tensor                 # (B, C) the trunk's hidden state there (in speculate.py None: not known)
     group: torch.Tensor             # (B,) guidance groups
     x_0: torch.Tensor               # (B, max_new_tokens, D)
     u: torch.Tensor                 # (B, max_new_tokens, 1 or T + 1)

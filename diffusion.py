@@ -52,7 +52,7 @@ def draw_steps(most_path_calls, generator):
 
 
 def nll(model, idx, at, y, group, t, x_0):
-    """Eq. 3, the loss: -log f(x_t, t, c)_y for each target, float32 (N,). The caller takes the mean.
+    """Eq. 3, the loss: -log softmax(f(x_t, t, c))_y for each target, float32 (N,). The caller takes the mean.
 
     idx: (B, S) token ids. at: (rows, columns), each (N,), the positions whose next token is a target.
     y: (N,) these targets. group: (B,) guidance groups. t: (N,) and x_0: (N, D), from draw.
@@ -169,7 +169,7 @@ class SamplerConfig:                # `--help` prints the comments of this class
     t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0: evenly up to t_end
     relaxation: float = 0.5         # fixed_point: weight of the newest guess
     tol: float = 0.1                # adaptive: error allowed per solver step
-    stop: float = 0.0               # stop a token whose guess repeats, this close to the mean; 0: never
+    stop: float = 0.0               # stop where the guess repeats, this close to the mean before; 0: never
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # what x_t moves to: a token, or a mean
     guidance: float = 1.0           # w of Eq. 7; 1: off. Needs a group
     temperature: float = 0.0        # of the choice of the token; 0: the most probable
@@ -212,8 +212,8 @@ class SamplerConfig:                # `--help` prints the comments of this class
     def plan(self, x_0):
         """The times of Algorithm 1 and the solver steps between them, which spend `steps` evaluations.
 
-        Evaluations that are left over, as one of three for a solver that takes two, become Euler's steps at
-        the beginning. Heun with t_end=1 spends one evaluation less, since there is no velocity at t = 1.
+        Path calls that do not fill a whole step are spent first, as Euler's steps. Heun with t_end=1 spends
+        one evaluation less, since there is no velocity at t = 1.
         """
         n_path_calls = self.steps - 1
         if n_path_calls == 0:
@@ -271,7 +271,7 @@ class Denoiser:
     """Evaluates f(x_t, t, c) at N positions, and derives the guess x_1_hat from it, for Algorithm 1.
 
     After an evaluation, logits (N, V_size) and guess (N,) are its prediction and its guessed tokens.
-    nfe (N,) counts the path calls of each position.
+    nfe (N,) counts the path calls of each position (number of function evaluations; the trunk's is free).
 
     model: an L2D pair. config: a SamplerConfig. tables: Tables of the model, None for T = 1. c: the Context
     of the positions. group: (N,) guidance groups. x_0: (N, D), the noise to start from. u: (N, T + 1) uniform

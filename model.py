@@ -2,15 +2,17 @@
 GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
 arXiv 2501.15781). "Eq." means an equation of that paper.
 
-Words, each used for one thing only:
+Words:
     trunk        the language model, here GPT-2. It is frozen.
-    path         the diffusion path, a second stack of blocks beside the trunk. It takes a noised embedding
-                 x_t of the token to predict and attends to the trunk's keys and values. Its output is added
-                 to the trunk's once, before the final norm and the head.
+    path         the diffusion path, a second stack of blocks beside the trunk. Its input is a noised
+                 embedding x_t of the token to predict, the time t, and the embeddings of the last token and
+                 its position. It attends to the trunk's keys and values. Its output is added to the trunk's once,
+                 before the final norm and the head.
     pair         trunk and path together: class L2D.
     T            the number of predictions per token, option --steps. T = 1 is the trunk alone.
     evaluation   one of these T predictions. The first, at t = 0, is the trunk's own.
-    path call    one of the other T - 1 evaluations, which need the path.
+    path call    one run of the path for one token. Each of the other T - 1 evaluations takes one, and with
+                 guidance a second one.
     solver step  a move of x_t from one time to a later one, along the velocity of Eq. 4. Euler's solver takes
                  one evaluation for each step, others take two.
 
@@ -286,8 +288,8 @@ def scale_input(x_t, t, sigma, input_scale):
 class PathBlock(nn.Module):
     """A block of the path: a block of the trunk whose queries look at the trunk's keys and values.
 
-    It has no keys and values of its own, so no position of the path sees another, nor itself. The time t sets
-    the scale and shift of both norms and the gates of both residuals, as in DiT.
+    It has no keys and values of its own, so positions of the path do not see each other. The time t sets the
+    scale and shift of both norms and the gates of both residuals, as in DiT.
     """
     def __init__(self, block, config):
         super().__init__()
@@ -397,7 +399,7 @@ class DiffusionPath(nn.Module):
     def forward(self, x_t, t, embedding, modulations, c):
         """h_path (N, C), from x_t (N, D), t (N,) and the Context c.
 
-        embedding: (N, C), what enters beside x_t, from L2D.forward. modulations: L x (N, 6C), from condition.
+        embedding: (N, C), what enters beside x_t, see L2D.merge. modulations: L x (N, 6C), from condition.
         """
         x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
         h = self.x_in(x.to(self.W.weight.dtype)) + embedding      # (N, C)

@@ -239,7 +239,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     stepper: Stepper
-    sampler: dict                   # options with which this model wants to be sampled
+    sampler: dict                   # default options for sampling this model, such as its solver
     lock: object                    # an open file, which keeps other processes out of out_dir
     log: MetricsLog = None
     iter_num: int = 0
@@ -372,7 +372,7 @@ def train(config, ranks):
         for micro in range(ranks.rank, n_micro, ranks.world):
             idx, at, y, group = load_batch(run.data, ids[micro], ranks.device)  # (B, S), 2 x (N,), (N,), (B,)
             generator = make_generator(ranks.device, 0, config.seed, run.iter_num, micro)
-            t, x_0, group, steps = draw_inputs(config, run.model, group, len(y), generator)  # (N,), (N, D)
+            t, x_0, group, steps = draw_inputs(config, run.model, group, len(y), generator)  # (N,), (N, D) ...
             more = run.ddp and micro + ranks.world < n_micro  # ranks add up gradients after the last one only
             with run.ddp.no_sync() if more else nullcontext(), run.autocast:
                 losses = (run.ddp or run.loss)(idx, at, y, group, t, x_0, steps)  # (N,), Eq. 3
@@ -390,7 +390,7 @@ def train(config, ranks):
         # report, evaluate, save, stop
         last = run.iter_num == config.max_iters
         log_now = last or run.iter_num % config.log_interval == 0
-        if log_now or ranks.device.type == "cpu":             # to read a number makes a GPU's host wait
+        if log_now or ranks.device.type == "cpu":             # reading a number blocks until the GPU is done
             run.stepper.check(run.iter_num, losses, kept(run, config))
         if log_now:
             seconds = time.time() - start
