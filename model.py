@@ -6,8 +6,8 @@ Words:
     trunk        the language model, here GPT-2. It is frozen.
     path         the diffusion path, a second stack of blocks beside the trunk. Its input is a noised
                  embedding x_t of the token to predict, the time t, and the embeddings of the last token and
-                 its position. It attends to the trunk's keys and values. Its output is added to the trunk's once,
-                 before the final norm and the head.
+                 its position. It attends to the trunk's keys and values. Its output is added to the trunk's
+                 once, before the final norm and the head.
     pair         trunk and path together: class L2D.
     T            the number of predictions per token, option --steps. T = 1 is the trunk alone.
     evaluation   one of these T predictions. The first, at t = 0, is the trunk's own.
