@@ -372,7 +372,7 @@ def train(config, ranks):
         for micro in range(ranks.rank, n_micro, ranks.world):
             idx, at, y, group = load_batch(run.data, ids[micro], ranks.device)  # (B, S), 2 x (N,), (N,), (B,)
             generator = make_generator(ranks.device, 0, config.seed, run.iter_num, micro)
-            t, x_0, group, steps = draw_inputs(config, run.model, group, len(y), generator)  # (N,), (N, D), ..
+            t, x_0, group, steps = draw_inputs(config, run.model, group, len(y), generator)  # (N,), (N, D)
             more = run.ddp and micro + ranks.world < n_micro  # ranks add up gradients after the last one only
             with run.ddp.no_sync() if more else nullcontext(), run.autocast:
                 losses = (run.ddp or run.loss)(idx, at, y, group, t, x_0, steps)  # (N,), Eq. 3
