@@ -43,7 +43,7 @@ def half(tensors):
 
 
 def find_accuracy():
-    """"T = 1: 0.471 [0.440, 0.502]; ...", the number of problems, and the commit, from demo.sh's evaluation."""
+    """"T = 1: 0.471 [0.440, 0.502]; ...", the number of problems, the commit, from what demo.sh measured."""
     found = sorted(glob.glob(f"{SOURCE}/eval/test_*.json"), key=os.path.getmtime)
     require(found, f"no evaluation in {SOURCE}/eval; run bash demo.sh first")
     with open(found[-1], encoding="utf-8") as file:
