@@ -42,9 +42,9 @@ def adaptive(x_1_hat, x, steps, tol, t_end):
         dt = t_new - t
         x_new = x + dt[:, None] * v
         guess = x_1_hat(x_new, t_new, going)
-        at_1 = t_new == 1                                         # no velocity there: the step is accepted
+        at_1 = t_new == 1                                         # no velocity there, it would divide by 0:
         v_new = velocity(x_new, torch.where(at_1, t, t_new), guess)
-        v_new = torch.where(at_1[:, None], v, v_new)
+        v_new = torch.where(at_1[:, None], v, v_new)              # keep v, so that the step is accepted
         error = dt / 2 * (v_new - v).norm(dim=1) / x.size(1) ** 0.5  # (N,)
         accept = going & (error <= tol)
         x = torch.where(accept[:, None], x_new, x)
@@ -73,7 +73,7 @@ class AdaptiveDenoiser(Denoiser):
         if self.config.steps == 1:
             return self.evaluate(self.x_0, 0.0)
         adaptive(self.x_1_hat, self.x_0, self.config.steps, self.config.tol, self.config.last_time())
-        return self.logits
+        return self.logits                                        # which its evaluations have left here
 
     def evaluate(self, x_t, t, where=None):
         """Evaluate at t, a float or (N,), the positions that are running, and True in where (N,) if given.
@@ -112,8 +112,9 @@ class AdaptiveDenoiser(Denoiser):
             return x_1_hat
         w = self.config.guidance
         if w != 1:                                                # Eq. 7
-            free = self.call_path(x_t, t, torch.full_like(self.group, self.model.no_group))
-            x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(free, self.pick(free))
+            no_group = torch.full_like(self.group, self.model.no_group)
+            logits = self.call_path(x_t, t, no_group)
+            x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(logits, self.pick(logits))
         if self.config.stop:
             far = self.distance(x_t, t, x_1_hat) > self.config.stop
             self.running[i] = (far | (self.guess != guess_before))[i]

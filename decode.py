@@ -1,9 +1,9 @@
 """
 Texts: Algorithm 1 token after token, with the trunk's keys and values kept in a cache.
 
-generate_one is the plain way, one prompt and one token at a time. Read it first. It is also the truth that
-tests compare the other ways with. generate_batch writes several texts side by side. speculate.py writes the
-same texts sooner. Words, symbols and shapes are those of model.py.
+generate_one is the plain way: one prompt, one token at a time. Read it first. Tests compare the other ways
+with it. generate_batch writes several texts side by side. speculate.py writes the same texts sooner, and is
+what sample.py uses by default. Words, symbols and shapes are those of model.py.
 """
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adaptive import denoiser_class
 from configurator import at_least
-from diffusion import SamplerConfig, Tables, choose
+from diffusion import Denoiser, SamplerConfig, Tables, choose
 from model import Context
 
 
@@ -21,8 +21,8 @@ from model import Context
 class DecodingConfig(SamplerConfig):  # `--help` prints the comments of this class
     # how a text is written
     max_new_tokens: int = 320
-    draft: int = 16                 # most tokens that the trunk drafts at once; 0: none. Same text, sooner
-    ahead: int = 1000               # most evaluations of a token in one call; 0: one. Same text, sooner
+    draft: int = 16                 # most tokens that the trunk drafts at once; 0: none
+    ahead: int = 1000               # most evaluations of a token in one pass; 0: no such speculation
     seed: int = 0
 
     def __post_init__(self):
@@ -38,7 +38,7 @@ class Continuation:
     predicted: int = 0              # tokens predicted, the end of text included
     nfe: int = 0                    # path calls at the positions of these tokens
     computed: int = 0               # path calls in all, with those that speculation threw away
-    calls: int = 0                  # how often the path's weights were read; in a batch rows share that
+    passes: int = 0                 # how often the path ran for this row; the rows of a batch share a pass
     changes: int = 0                # how often the guess changed between two evaluations (speculate.py)
     rounds: int = 0                 # of drafting and refining, see speculate.py
     rejected: list = field(default_factory=list)    # indices of the tokens that differ from their draft
@@ -55,22 +55,24 @@ class Continuation:
 
 # ---------------------------------------------------------------------------------------- the plain way
 @torch.no_grad()
-def generate_one(model, prompt, eot, config, group=None, text_id=0, trace=False, tables=None):
+def generate_one(model, prompt, eot, config, group=None, text_id=0, trace=False, tables=None,
+                 denoise=Denoiser):
     """Continue one prompt until the end of text, each token by Algorithm 1. Returns a Continuation.
 
     prompt: a non-empty list of token ids. eot: the id that ends a text. config: a DecodingConfig. group: a
-    guidance group, None for none. text_id: with config.seed it determines the noise.
-    trace: keep the guesses of every token. tables: Tables of the model, which several texts may share.
+    guidance group, None for none. text_id: with config.seed it determines the noise. trace: keep the guesses
+    of every token. tables: Tables of the model, which several texts may share. denoise: the class that
+    evaluates; for --stop and the adaptive solver that of adaptive.py.
     """
     assert model.path is not None or config.steps == 1, "without a path T must be 1"
     config = fit_to_trunk(config, model)
     device = model.trunk.wte.weight.device
     if tables is None and config.steps > 1:
         tables = Tables(model)
-    denoise = denoiser_class(config)                              # Denoiser, or the one of adaptive.py
-    x_0, u = draw_noise(model, [text_id], config)                      # (1, max_new_tokens, D or T + 1)
+    x_0, u = draw_noise(model, [text_id], config)                 # (1, max_new_tokens, D), and see there
     group = torch.tensor([model.no_group if group is None else group], device=device)
-    n_places = model.trunk.config.block_size - len(prompt) + 1    # the last place predicts one more token
+    # a prompt that fills all positions still predicts one token
+    n_places = model.trunk.config.block_size - len(prompt) + 1
     out = Continuation()
 
     idx = torch.tensor([prompt], device=device)                   # (1, S)
@@ -89,7 +91,7 @@ def generate_one(model, prompt, eot, config, group=None, text_id=0, trace=False,
         pos = pos[:, -1:] + 1
         kv = cache.first(len(prompt) + n + 1)                     # room for one more position
         h, _ = model.trunk(idx, pos, kv)                          # (1, 1, C); writes into the cache
-    out.computed = out.calls = out.nfe
+    out.computed = out.passes = out.nfe
     out.rounds = out.predicted
     return out
 
@@ -105,7 +107,7 @@ class Cache:
     def first(self, S):
         """kv of the first S positions. The tensors are views, into which the trunk may write."""
         missing = S - self.kv[0][0].size(2)
-        if missing > 0:                                           # 7 more, so that few tokens have to copy it
+        if missing > 0:                                           # grow by 7 more: most tokens need no copy
             room = (0, 0, 0, missing + 7)
             self.kv = [(F.pad(k, room), F.pad(v, room)) for k, v in self.kv]
         return [(k[:, :, :S], v[:, :, :S]) for k, v in self.kv]
@@ -121,24 +123,24 @@ def fit_to_trunk(config, model):
 
 
 def draw_noise(model, ids, config):
-    """x_0 (B, max_new_tokens, D) and uniform numbers u (B, max_new_tokens, T + 1) of the texts ids.
+    """x_0 (B, max_new_tokens, D) and uniform numbers u (B, max_new_tokens, 1 or T + 1) of the texts ids.
 
     Each text has its own generator, so it draws the same numbers whatever else is in its batch. Column 0 of u
-    chooses the token; the other columns exist only where guesses are sampled. For T = 1 D is 0.
+    chooses the token; the other T columns exist only where guesses are sampled. For T = 1 D is 0.
     """
     device = model.trunk.wte.weight.device
     n = config.max_new_tokens
-    path = model.path.config if config.steps > 1 else None
+    path_config = model.path.config if config.steps > 1 else None
     x_0 = []
     u = []
     for i in ids:
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + i) % 2 ** 63)
         u.append(torch.rand(n, 1, generator=generator))
-        x_0.append(torch.randn(n, path.x_dim if path else 0, generator=generator))
+        x_0.append(torch.randn(n, path_config.x_dim if path_config else 0, generator=generator))
         if config.guess == "sample":
             of_guesses = torch.rand(n, config.steps, generator=generator)
             u[-1] = torch.cat([u[-1], of_guesses], 1)
-    sigma = path.sigma if path else 1.0
+    sigma = path_config.sigma if path_config else 1.0
     return sigma * torch.stack(x_0).to(device), torch.stack(u).to(device)
 
 
@@ -149,10 +151,10 @@ class Rows:
     out: list                       # the Continuation of each
     positions: list                 # the position of each row's last token. Numbers: shapes depend on them
     token: torch.Tensor             # (B,) that token
-    h: torch.Tensor                 # (B, C) the trunk's hidden state there; None where it is not known yet
+    h: torch.Tensor                 # (B, C) the trunk's hidden state there (in speculate.py None: not known)
     group: torch.Tensor             # (B,) guidance groups
     x_0: torch.Tensor               # (B, max_new_tokens, D)
-    u: torch.Tensor                 # (B, max_new_tokens, T + 1)
+    u: torch.Tensor                 # (B, max_new_tokens, 1 or T + 1)
     cache: Cache
 
     def keep(self, rows):
@@ -230,7 +232,7 @@ def generate_batch(model, prompts, eot, config, group=None, ids=None, trace=Fals
         for i, (token, nfe) in enumerate(zip(rows.token.tolist(), f.nfe.tolist())):
             rows.out[i].add(token, eot, nfe, f.trace and f.trace[i])
             rows.out[i].computed += nfe
-            rows.out[i].calls += nfe
+            rows.out[i].passes += nfe
             rows.out[i].rounds += 1
             rows.positions[i] += 1
         rows.drop_finished(config, model.trunk.config.block_size)
@@ -254,8 +256,9 @@ def predict_given(model, idx, at, config, generator, group=None):
     x_0 = None
     if config.steps > 1:
         tables = Tables(model)
-        path = model.path.config
-        x_0 = path.sigma * torch.randn(N, path.x_dim, generator=generator, device=idx.device)
+        path_config = model.path.config
+        x_0 = torch.randn(N, path_config.x_dim, generator=generator, device=idx.device)
+        x_0 = path_config.sigma * x_0
     u = torch.rand(N, config.steps + 1, generator=generator, device=idx.device)
     f = denoiser_class(config)(model, config, tables, c, group, x_0, u)
     return f.predict(), f.nfe

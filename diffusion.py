@@ -6,7 +6,7 @@ f(x_t, t, c) is also shown a noised point x_t, which carries what was guessed so
 where x_t is pure noise, to t = 1, where x_t = V_y is the point of a token. Algorithm 1, with Euler's steps:
 
     x_t = x_0                                             # noise: sigma * torch.randn(N, D)
-    for a, b in pairwise(times):                          # T times, the first of them 0
+    for a, b in pairwise(times):                          # T times from 0 on, so T - 1 pairs
         logits = f(x_t, a, c)                             # predict. At a = 0 this is the trunk alone
         x_1_hat = V[logits.argmax(-1)]                    # guess: the point of the most probable token
         x_t = x_t + (b - a) * (x_1_hat - x_t) / (1 - a)   # a solver step towards the guess (Eq. 4)
@@ -52,7 +52,7 @@ def draw_steps(most_path_calls, generator):
 
 
 def nll(model, idx, at, y, group, t, x_0):
-    """Eq. 3, the loss: -log f(x_t, t, c)_y for each target, float32 (N,). The caller takes the mean.
+    """Eq. 3, the loss: -log softmax(f(x_t, t, c))_y for each target, float32 (N,). The caller takes the mean.
 
     idx: (B, S) token ids. at: (rows, columns), each (N,), the positions whose next token is a target.
     y: (N,) these targets. group: (B,) guidance groups. t: (N,) and x_0: (N, D), from draw.
@@ -143,18 +143,19 @@ def make_time_grid(n, t_end, t_hold=0.0):
 
 
 # ----------------------------------------------------------------------------------------- Algorithm 1
-def algorithm_1(f, x_0, times, steps):
+def algorithm_1(f, x_0, times, solver_steps):
     """Algorithm 1 for N tokens at once: the logits (N, V_size) of the last of T evaluations.
 
-    f: a Denoiser. x_0: (N, D) ~ N(0, sigma^2 I). times: T times from 0, never falling; [0.0] is T = 1, the
-    trunk alone. steps: the T - 1 solver steps between them, such as [euler_step] * (T - 1).
+    f: a Denoiser. x_0: (N, D) ~ N(0, sigma^2 I). times: from 0, never falling; [0.0] is T = 1, the trunk
+    alone. solver_steps: a function for each move between two times. For Euler there are T times and T - 1
+    moves, all of them euler_step. A solver with two evaluations per step has about half as many.
     """
     def dx(x_t, t):
         x_1_hat = f.x_1_hat(x_t, t)                               # predict and guess
         return velocity(x_t, t, x_1_hat)                          # Eq. 4
 
     x_t = x_0
-    for (a, b), step in zip(pairwise(times), steps):
+    for (a, b), step in zip(pairwise(times), solver_steps):
         x_t = step(dx, x_t, a, b)
     return f.evaluate(x_t, times[-1])
 
@@ -168,7 +169,7 @@ class SamplerConfig:                # `--help` prints the comments of this class
     t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0: evenly up to t_end
     relaxation: float = 0.5         # fixed_point: weight of the newest guess
     tol: float = 0.1                # adaptive: error allowed per solver step
-    stop: float = 0.0               # stop a token whose guess repeats, this close to the mean; 0: never
+    stop: float = 0.0               # stop where the guess repeats, this close to the mean before; 0: never
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # what x_t moves to: a token, or a mean
     guidance: float = 1.0           # w of Eq. 7; 1: off. Needs a group
     temperature: float = 0.0        # of the choice of the token; 0: the most probable
@@ -211,8 +212,8 @@ class SamplerConfig:                # `--help` prints the comments of this class
     def plan(self, x_0):
         """The times of Algorithm 1 and the solver steps between them, which spend `steps` evaluations.
 
-        Evaluations that are left over, as one of three for a solver that takes two, become Euler's steps at
-        the beginning. Heun with t_end=1 spends one evaluation less, since there is no velocity at t = 1.
+        Path calls that do not fill a whole step are spent first, as Euler's steps. Heun with t_end=1 spends
+        one evaluation less, since there is no velocity at t = 1.
         """
         n_path_calls = self.steps - 1
         if n_path_calls == 0:
@@ -253,7 +254,7 @@ class Tables(dict):
         self.V = model.embed(slice(None))
 
     def at(self, times):
-        """The conditions of E times, a tuple: L x (E G, 6C) and w_d (E G, C), for G groups at each time."""
+        """The conditions of M times, a tuple: L x (M G, 6C) and w_d (M G, C), for G groups at each time."""
         if times not in self:
             modulations, w_d = zip(*(self[t] for t in times))
             self[times] = [torch.cat(layer) for layer in zip(*modulations)], torch.cat(w_d)
@@ -267,15 +268,16 @@ class Tables(dict):
 
 
 class Denoiser:
-    """f(x_t, t, c) at N positions, and the guess x_1_hat that follows from it. Algorithm 1 asks for no more.
+    """Evaluates f(x_t, t, c) at N positions, and derives the guess x_1_hat from it, for Algorithm 1.
 
     After an evaluation, logits (N, V_size) and guess (N,) are its prediction and its guessed tokens.
-    nfe (N,) counts the path calls of each position.
+    nfe (N,) counts the path calls of each position (number of function evaluations; the trunk's is free).
 
     model: an L2D pair. config: a SamplerConfig. tables: Tables of the model, None for T = 1. c: the Context
     of the positions. group: (N,) guidance groups. x_0: (N, D), the noise to start from. u: (N, T + 1) uniform
-    numbers; evaluation i guesses with column i, if guesses are sampled. trunk_logits: (N, V_size), where they
-    are known already. trace: keep for each position a list of (t, guess, probability) of its evaluations.
+    numbers, needed where guesses are sampled: evaluation i, from 1 on, uses column i. trunk_logits:
+    (N, V_size), where they are known already. trace: keep for each position a list of (t, guess, probability)
+    of its evaluations.
     """
     def __init__(self, model, config, tables, c, group, x_0, u=None, trunk_logits=None, trace=False):
         self.model = model
@@ -292,8 +294,8 @@ class Denoiser:
 
     def predict(self):
         """Run Algorithm 1 from x_0. Returns the logits (N, V_size) that the tokens are chosen from."""
-        times, steps = self.config.plan(self.x_0)
-        return algorithm_1(self, self.x_0, times, steps)
+        times, solver_steps = self.config.plan(self.x_0)
+        return algorithm_1(self, self.x_0, times, solver_steps)
 
     def evaluate(self, x_t, t):
         """One evaluation: f(x_t, t, c), logits (N, V_size), float32. t: a float."""
@@ -312,8 +314,9 @@ class Denoiser:
         x_1_hat = self.embed(self.logits, self.guess)
         w = self.config.guidance
         if w != 1 and t > 0:                                      # Eq. 7, with a plus sign (deviation 8)
-            free = self.call_path(x_t, t, torch.full_like(self.group, self.model.no_group))
-            x_1_hat = w * x_1_hat + (1 - w) * self.embed(free, self.pick(free))
+            no_group = torch.full_like(self.group, self.model.no_group)
+            logits = self.call_path(x_t, t, no_group)
+            x_1_hat = w * x_1_hat + (1 - w) * self.embed(logits, self.pick(logits))
         return x_1_hat
 
     def call_path(self, x_t, t, group):

@@ -2,22 +2,25 @@
 GPT-2 and the diffusion path of L2D (Cetin, Zhao, Tang, "Large Language Models to Diffusion Finetuning",
 arXiv 2501.15781). "Eq." means an equation of that paper.
 
-Words, each used for one thing only:
+Words:
     trunk        the language model, here GPT-2. It is frozen.
-    path         the diffusion path, a second stack of blocks beside the trunk. It takes a noised embedding
-                 x_t of the token to predict and attends to the trunk's keys and values. Its output is added
-                 to the trunk's once, before the final norm and the head.
+    path         the diffusion path, a second stack of blocks beside the trunk. Its input is a noised
+                 embedding x_t of the token to predict, the time t, and the embeddings of the last token and
+                 its position. It attends to the trunk's keys and values. Its output is added to the trunk's
+                 once, before the final norm and the head.
     pair         trunk and path together: class L2D.
-    T            how often a token is predicted, the option --steps. T = 1 is the trunk alone.
+    T            the number of predictions per token, option --steps. T = 1 is the trunk alone.
     evaluation   one of these T predictions. The first, at t = 0, is the trunk's own.
-    path call    one of the other T - 1 evaluations, which run the path.
-    solver step  a move of x_t from one time to a later one, along the velocity of Eq. 4.
+    path call    one run of the path for one token. Each of the other T - 1 evaluations takes one, and with
+                 guidance a second one.
+    solver step  a move of x_t from one time to a later one, along the velocity of Eq. 4. Euler's solver takes
+                 one evaluation for each step, others take two.
 
 Shapes and symbols, here and in diffusion.py:
     B           rows of a batch                            V_size  size of the vocabulary
     S           length of the sequence, and the keys that a query may see
     Q           queries of a row; without a cache, Q = S
-    C, L, H     n_embd, n_layer, n_head                    E       t_dim, width of the time embedding
+    C, L, H     n_embd, n_layer, n_head
     N           positions at which a token is predicted, as a flat list: in training the targets of a batch,
                 in decoding one position (or several) of each row
     D           x_dim, size of the token space             V       (V_size, D), the table of Eq. 5
@@ -30,10 +33,11 @@ The way of one token through the code, with shapes:
 
                   training: the N targets of a batch             decoding: one position of each of N rows
     trunk         idx (B, S) -> h (B, S, C) -> c.h (N, C)        token (N, 1) and cache -> c.h (N, C)
-    x_t           t x_1 + (1 - t) x_0: (N, D)                    from x_0 (N, D), by T - 1 solver steps
+    x_t           t x_1 + (1 - t) x_0: (N, D)                    from x_0 (N, D), by solver steps
     condition     t, group (N,) -> L x (N, 6C) and w_d (N, C)    the same, looked up in a table
     path          x_t (N, D) -> h (N, C), through L blocks       the same, T - 1 times
-    attention     q (N, C) -> (B, S, C), causal -> (N, C)        q (N, C) -> (N, 1, C), cached keys -> (N, C)
+    attention     q (N, C), put at its places in (B, S, C),      q (N, C) -> (N, 1, C), over the cached keys
+                  causal, taken out again: (N, C)                -> (N, C)
     logits        (N, V_size), scored against y (N,)             (N, V_size) -> y (N,)
 """
 import copy
@@ -261,7 +265,7 @@ class PathConfig:                   # `train.py --help` prints the comments of t
     lora_rank: int = 32             # of a LoRA path, and of a LoRA on the trunk
     lora_alpha: float = 32.0
     x_dim: int = 256                # D, size of the token space
-    t_dim: int = 256                # E, width of the time embedding
+    t_dim: int = 256                # width of the time embedding
     sigma: float = 64.0             # standard deviation of the noise x_0
     input_scale: Literal["wiener", "unit"] = "wiener"  # how x_t enters the path; unit is the paper's way
     time_scale: float = 1000.0      # factor on t before its sinusoids; 1 is the paper's
@@ -309,8 +313,8 @@ def scale_input(x_t, t, sigma, input_scale):
 class PathBlock(nn.Module):
     """A block of the path: a block of the trunk whose queries look at the trunk's keys and values.
 
-    It has no keys and values of its own, so no position of the path sees another, nor itself. The time t sets
-    the scale and shift of both norms and the gates of both residuals, as in DiT.
+    It has no keys and values of its own, so positions of the path do not see each other. The time t sets the
+    scale and shift of both norms and the gates of both residuals, as in DiT.
     """
     def __init__(self, block, config):
         super().__init__()
@@ -340,7 +344,7 @@ class PathBlock(nn.Module):
                 self.modulation[2].bias.view(6, C)[[2, 5]] = 1.0
 
     def modulate(self, emb):
-        """Time embedding (N, E) -> scale, shift and gate of attention, then of the MLP: (N, 6C).
+        """Time embedding (N, t_dim) -> scale, shift and gate of attention, then of the MLP: (N, 6C).
 
         Scale and shift are the weight and bias of the block's LayerNorm plus what t adds.
         """
@@ -384,14 +388,16 @@ class DiffusionPath(nn.Module):
         super().__init__()
         self.config = config
         self.n_groups = n_groups
-        C, D, E = trunk.config.n_embd, config.x_dim, config.t_dim
+        C = trunk.config.n_embd
+        D = config.x_dim
+        t_dim = config.t_dim
         self.W = nn.Linear(C, D, bias=False)                      # Eq. 5
         self.x_in = two_layers(D, D, C, zero=config.path_init == "trunk")
-        self.t_in = two_layers(E, E, E)
-        self.group = nn.Embedding(n_groups + 1, E)
+        self.t_in = two_layers(t_dim, t_dim, t_dim)
+        self.group = nn.Embedding(n_groups + 1, t_dim)
         nn.init.normal_(self.group.weight, std=0.02)
         self.h = nn.ModuleList(block.path_block(config) for block in trunk.h)
-        self.w = two_layers(E, E, C, zero=True, bias=False)       # w(t) of Eq. 6; a bias would cancel
+        self.w = two_layers(t_dim, t_dim, C, zero=True, bias=False)  # w(t) of Eq. 6; a bias would cancel
 
     def token_space(self, e):
         """Eq. 5: V_y = sqrt(D) W e_y / |W e_y|, in float32. e (..., C) token embeddings -> (..., D)."""
@@ -400,23 +406,25 @@ class DiffusionPath(nn.Module):
             return math.sqrt(self.config.x_dim) * F.normalize(V_y, dim=-1)
 
     def time_embedding(self, t, group):
-        """t (N,) and group (N,) -> (N, E)."""
+        """t (N,) and group (N,) -> (N, t_dim)."""
         features = time_features(t, self.config.t_dim, self.config.time_scale)
         return self.t_in(features.to(self.W.weight.dtype)) + self.group(group)
 
     def condition(self, t, group):
         """All that depends on t (N,) and group (N,) alone: L modulations (N, 6C), and w_d (N, C) of Eq. 6."""
-        emb = self.time_embedding(t, group)                       # (N, E)
+        emb = self.time_embedding(t, group)                       # (N, t_dim)
         emb_0 = self.time_embedding(torch.zeros_like(t), group)   # in the shape of emb, to round like it
         w_d = self.w(emb) - self.w(emb_0)                         # Eq. 6: exactly 0 at t = 0
-        if self.config.path_init == "trunk":                      # a new path counts in full (deviation 2)
+        if self.config.path_init == "trunk":
+            # A new path gives the trunk's own states. Added in full they double h, which the final norm
+            # undoes. So training starts at the trunk's predictions (deviation 2).
             w_d = w_d + (t > 0)[:, None].to(w_d.dtype)
         return [block.modulate(emb) for block in self.h], w_d
 
     def forward(self, x_t, t, embedding, modulations, c):
         """h_path (N, C), from x_t (N, D), t (N,) and the Context c.
 
-        embedding: (N, C), what enters beside x_t, from L2D.forward. modulations: L x (N, 6C), from condition.
+        embedding: (N, C), what enters beside x_t, see L2D.merge. modulations: L x (N, 6C), from condition.
         """
         x = scale_input(x_t, t, self.config.sigma, self.config.input_scale)
         dtype = self.W.weight.dtype

@@ -69,10 +69,10 @@ def main(argv=None):
     without_effect(config, "--steps=2 or more", config.steps > 1, "solver", "t_end", "stop", "guess")
     out_dir = find_model(config.out_dir)
     model, encoding, checkpoint = load(out_dir, config.checkpoint, config.device, config.dtype)
-    wishes = checkpoint["sampler"]                                # of a path trained with --unroll
-    config = configure(Config, argv, __doc__, defaults=wishes | {"out_dir": out_dir})
-    if wishes and config.steps > 1:
-        options = " ".join(f"--{name}={value}" for name, value in wishes.items())
+    sampler = checkpoint["sampler"]                               # other defaults, after train.py --unroll
+    config = configure(Config, argv, __doc__, defaults=sampler | {"out_dir": out_dir})
+    if sampler and config.steps > 1:
+        options = " ".join(f"--{name}={value}" for name, value in sampler.items())
         print(f"--- trained with --unroll, so by default it is sampled with {options}")
     group = find_group(config, model, checkpoint)
     pack(model)

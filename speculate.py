@@ -1,30 +1,30 @@
 """
 The same texts sooner, by two kinds of speculation. The paper has neither (deviation 14).
 
-Decoding is slow because each call of a network reads all of its weights to serve one position. A call that
-serves several positions takes hardly longer. So we assume what will be needed, compute it all in one call,
-check the assumptions, and throw away what was assumed wrongly.
+Decoding is slow because each pass through a network reads all of its weights to serve one position. A pass
+that serves several positions takes hardly longer. So we assume what will be needed, compute it all in one
+pass, check the assumptions, and throw away what was assumed wrongly.
 
 **Ahead in time: all evaluations of a token at once.** Algorithm 1 needs x_t before it can evaluate, and x_t
 needs the guess of the evaluation before. But the guess is a token, and it seldom changes from one evaluation
-to the next. As long as it stays, x_t at every later time follows without any path call.
+to the next. As long as it stays, x_t at every later time follows without running the path.
     assume   that the guess stays as it is, and compute x_t at the next W times, the *window*;
-    call     the path once, with all W of them as queries (queries do not see each other);
+    run      the path once, with all W of them as queries (queries do not see each other);
     check    the guesses that come back. Up to and including the first that differs from the assumption, each
              evaluation was made at the right x_t. The rest is thrown away, and we go on from the new guess.
-A token whose guess never changes takes one call instead of T - 1.
+A token whose guess never changes takes one pass of the path instead of T - 1.
 
 **Ahead in the text: drafts.** One round goes so:
     draft    The trunk writes K tokens by plain decoding (T = 1), one after the other.
-    refine   Algorithm 1 runs at these K positions together. Each path call serves all of them.
+    refine   Algorithm 1 runs at these K positions together. Each pass of the path serves all of them.
     accept   We compare refined and drafted tokens from left to right. Those that agree are kept, and so is
              the first that differs, in its refined form. What lies behind it is thrown away.
 The draft model of this speculative decoding (Leviathan et al. 2023) is the trunk itself, whose passes over
 the kept tokens are needed anyway.
 
-Why the text does not change. A path call at position k reads x_t of k and the trunk's keys and values at
-positions up to k. The noise is fixed by the seed, the text and the position. So an evaluation depends only on
-the tokens before it and on the guesses before it. Every one that is kept had the right ones.
+Why the text does not change. An evaluation at position k reads x_t of k and the trunk's keys and values at
+positions up to k. The noise is fixed by the seed, the text and the position. So it depends only on the tokens
+and the guesses before it. Every evaluation that is kept was computed from the right ones.
 """
 from typing import NamedTuple
 
@@ -51,11 +51,12 @@ def generate(model, prompts, eot, config, group=None, ids=None, trace=False, tab
         return decode.generate_batch(model, prompts, eot, config, group, ids, trace, tables)
     group = group[0] if group else None
     text_id = ids[0] if ids else 0
-    return [decode.generate_one(model, prompts[0], eot, config, group, text_id, trace, tables)]
+    denoise = denoiser_class(config)
+    return [decode.generate_one(model, prompts[0], eot, config, group, text_id, trace, tables, denoise)]
 
 
 def can_look_ahead(config):
-    """Whether x_t can be foreseen. A mean of all tokens as the guess changes a little at every evaluation."""
+    """Whether x_t can be foreseen. A mean guess cannot: it changes at every evaluation, if only a little."""
     return config.ahead > 0 and config.guess != "mean" and config.times_are_known
 
 
@@ -140,7 +141,7 @@ def refine(model, rows, draft, tables, config, W, trace):
     kv, mask = rows.visible(draft.pos, max(rows.positions) + draft.y.size(1) - 1)
     full = len(at[0]) == draft.y.numel()                          # then the positions fill the grid (B, K)
     c = Context(draft.h[at], draft.token[at], draft.pos[at], kv, None if full else at, mask)
-    u = rows.u[at[0], draft.n[at]]                                # (N, T + 1)
+    u = rows.u[at[0], draft.n[at]]                                # (N, 1 or T + 1)
     x_0 = rows.x_0[at[0], draft.n[at]]                            # (N, D)
     group = rows.group[at[0]]                                     # (N,)
     if can_look_ahead(config):
@@ -150,7 +151,7 @@ def refine(model, rows, draft, tables, config, W, trace):
     y = choose(f.predict(), u[:, 0], config.temperature, config.top_k)
     f.computed = f.nfe
     f.changes = torch.zeros_like(f.nfe)
-    f.n_calls = int(f.nfe.max())                                  # every call serves the position with the most
+    f.n_passes = int(f.nfe.max())                                 # some position takes part in every pass
     return y, f
 
 
@@ -160,10 +161,9 @@ class Replay:
     guess: (N, E) tokens of the E evaluations. free: the same without a guidance group. w: guidance.
     """
     def __init__(self, V, guess, free, w):
-        self.V = V
-        self.guess = guess
-        self.free = free
-        self.w = w
+        self.points = V[guess]                                    # (N, E, D)
+        if w != 1:                                                # Eq. 7, but for the first, at t = 0
+            self.points[:, 1:] = w * self.points[:, 1:] + (1 - w) * V[free[:, 1:]]
         self.x = []
         self.times = []
 
@@ -174,18 +174,11 @@ class Replay:
     def x_1_hat(self, x_t, t):
         e = len(self.times)
         self.evaluate(x_t, t)
-        return self.embed(e, t)
-
-    def embed(self, e, t):
-        """The guess of evaluation e, which is at time t, as points (N, D)."""
-        x_1_hat = self.V[self.guess[:, e]]
-        if self.w != 1 and t > 0:                                 # Eq. 7
-            x_1_hat = self.w * x_1_hat + (1 - self.w) * self.V[self.free[:, e]]
-        return x_1_hat
+        return self.points[:, e]
 
 
 class LookAhead:
-    """Algorithm 1 at N positions, with path calls that evaluate a window of times at once.
+    """Algorithm 1 at N positions, with passes of the path that evaluate a window of times at once.
 
     c, group, x_0, u, trunk_logits, trace: as for Denoiser. row: (N,) the row of each position.
     draft: (N,) the drafted tokens.
@@ -219,13 +212,13 @@ class LookAhead:
             self.p[:, 0] = trunk_logits.float().softmax(-1).gather(1, first[:, None])[:, 0]
         self.y = draft.clone()                                    # (N,) the tokens that come out
         self.computed = torch.zeros_like(row)                     # (N,) queries
-        self.n_calls = 0
+        self.n_passes = 0
 
     def run(self, W):
         """Evaluate until every position is done that is not behind a wrong draft. Returns the tokens (N,)."""
         active = ~self.done
         while active.any():
-            self.call(torch.stack(self.newest.x, 1), active, W)   # x (N, E, D)
+            self.run_path(torch.stack(self.newest.x, 1), active, W)  # x (N, E, D)
             self.newest = None
             if self.config.stop:
                 self.stop_settled()
@@ -234,7 +227,6 @@ class LookAhead:
             if self.newest is None and active.any():
                 self.newest = self.replay(self.guess, self.free)
         self.nfe = self.path_calls(self.end)
-        # A change at the last evaluation that counts is one, too: what was assumed for it was wrong.
         before_end = torch.arange(self.guess.size(1), device=self.end.device)[None, 1:] <= self.end[:, None]
         self.changes = ((self.guess[:, 1:] != self.guess[:, :-1]) & before_end).sum(1)
         self.trace = self.make_trace() if self.p is not None else None
@@ -247,8 +239,8 @@ class LookAhead:
         algorithm_1(replay, self.x_0, times, steps)
         return replay
 
-    def call(self, x, active, W):
-        """One path call over the next W evaluations of the active positions (N,)."""
+    def run_path(self, x, active, W):
+        """One pass of the path over the next W evaluations of the active positions (N,)."""
         E = len(self.times)
         e = torch.arange(E, device=self.row.device)
         last = torch.minimum(self.known + W, self.end + 1)        # (N,) the end of each window
@@ -260,7 +252,7 @@ class LookAhead:
         h = self.query(x, n, e, torch.where(kind == 0, self.group[n], self.model.no_group))
         guess, p = self.guesses(h, n, e)
         self.computed += torch.bincount(n, minlength=len(self.row))
-        self.n_calls += 1
+        self.n_passes += 1
         with_group = kind == 0
         self.h[n[with_group], e[with_group]] = h[with_group]
         if self.p is not None:
@@ -284,7 +276,7 @@ class LookAhead:
         self.known = torch.where(asked, torch.minimum(first + 1, last), self.known)
 
     def query(self, x, n, e, group):
-        """Hidden states (n, C) of a path call whose queries are evaluations e of the positions n."""
+        """Hidden states, one for each query: evaluation e of position n. x: (N, E, D). n, e, group: (Q,)."""
         modulations, w_d = self.tables.at(tuple(self.times))      # of all times and groups
         place = e * (self.model.no_group + 1) + group
         of_queries = (m.index_select(0, place) for m in modulations)  # a generator: one at a time in memory
@@ -335,7 +327,7 @@ class LookAhead:
         for e in range(1, len(self.times) - 1):
             t = self.times[e]
             m = (self.newest.x[e] - (1 - t) * self.x_0) / t       # the mean of the guesses before
-            far = (self.newest.embed(e, t) - m).norm(dim=1) / m.size(1) ** 0.5 > self.config.stop
+            far = (self.newest.points[:, e] - m).norm(dim=1) / m.size(1) ** 0.5 > self.config.stop
             settled = ~far & (self.guess[:, e] == self.guess[:, e - 1])
             here = settled & (e < self.known) & (e < self.end)
             self.end = torch.where(here, e, self.end)
@@ -392,7 +384,7 @@ def accept(rows, draft, y, f, eot):
             out.add(refined[i][j], eot, nfe[i][j], f.trace and f.trace[start + j])
         out.computed += sum(computed[i])
         out.changes += sum(changes[i][:kept])
-        out.calls += f.n_calls
+        out.passes += f.n_passes
         out.rounds += 1
         rows.positions[i] += kept
         n_kept.append(kept)

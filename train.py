@@ -159,7 +159,7 @@ class Loss(nn.Module):
         self.model = model
 
     def forward(self, idx, at, y, group, t, x_0, steps=None):
-        """-log p(y) of each target, (N,). L2D: Eq. 3. steps: T of unrolled training."""
+        """-log p(y) of each target, (N,): for L2D Eq. 3. steps is T where training is unrolled, else None."""
         if self.model.path is None:
             return diffusion.trunk_nll(self.model, idx, at, y)
         if steps is not None:
@@ -243,7 +243,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     stepper: Stepper
-    sampler: dict                   # options with which this model wants to be sampled
+    sampler: dict                   # default options for sampling this model, such as its solver
     lock: object                    # an open file, which keeps other processes out of out_dir
     log: MetricsLog = None
     iter_num: int = 0
@@ -339,17 +339,15 @@ def evaluate_and_save(run, config, ranks):
     save_run(run, config, ranks, better)
 
 
-def report(run, config, ranks, loss, norm, lr, tokens, started):
-    """A line about the last iteration. tokens: targets since started, a pair of time and iteration."""
+def report(run, config, ranks, loss, norm, lr, speed, seconds_left):
+    """Print and log a line about the last iteration. loss, norm: tensors. speed: target tokens per second."""
     loss = ranks.sum(loss).item()
     norm = norm.item()
-    seconds = time.time() - started[0]
-    left = int(seconds / (run.iter_num - started[1]) * (config.max_iters - run.iter_num))
+    minutes, seconds = divmod(int(seconds_left), 60)
     ranks.say(f"iter {run.iter_num}/{config.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
-              f"{tokens / seconds:,.0f} target tokens/s  ETA {left // 60}:{left % 60:02d}")
+              f"{speed:,.0f} target tokens/s  ETA {minutes}:{seconds:02d}")
     run.log(iter_num=run.iter_num, loss=loss if math.isfinite(loss) else None, lr=lr,
-            grad_norm=norm if math.isfinite(norm) else None, seconds=round(seconds, 1),
-            tokens_per_second=round(tokens / seconds))
+            grad_norm=norm if math.isfinite(norm) else None, tokens_per_second=round(speed))
 
 
 def asked_to_stop(stop, ranks, iter_num):
@@ -364,8 +362,9 @@ def train(config, ranks):
     stop = StopSignals()
     n_micro = ranks.world * config.gradient_accumulation_steps
     batches = iterate_batches(run.data, config.batch_size, n_micro, config.seed, run.iter_num)
-    tokens = 0                                                # targets seen since the start, for the speed
-    started = time.time(), run.iter_num
+    first_iter = run.iter_num
+    n_seen = 0                                                # targets since then, for the speed
+    start = time.time()
     progress = tqdm(total=config.max_iters, initial=run.iter_num,
                     disable=not (ranks.main and sys.stderr.isatty()))
     if run.saved_iter < 0 or run.iter_num >= config.max_iters and run.best_val_loss == math.inf:
@@ -393,16 +392,18 @@ def train(config, ranks):
         lr = get_lr(run.iter_num, config)
         norm = run.stepper.step(lr)
         run.iter_num += 1
-        tokens += n_targets
+        n_seen += n_targets
         progress.update()
 
         # report, evaluate, save, stop
         last = run.iter_num == config.max_iters
         log_now = last or run.iter_num % config.log_interval == 0
-        if log_now or ranks.device.type == "cpu":             # on a GPU it takes time to look at a number
+        if log_now or ranks.device.type == "cpu":             # reading a number blocks until the GPU is done
             run.stepper.check(run.iter_num, losses, kept(run, config))
         if log_now:
-            report(run, config, ranks, loss_sum, norm, lr, tokens, started)
+            seconds = time.time() - start
+            left = seconds / (run.iter_num - first_iter) * (config.max_iters - run.iter_num)
+            report(run, config, ranks, loss_sum, norm, lr, n_seen / seconds, left)
         stopped = asked_to_stop(stop, ranks, run.iter_num)
         if last or run.iter_num % config.eval_interval == 0:
             evaluate_and_save(run, config, ranks)

@@ -13,13 +13,15 @@ Decoding is greedy, and its time includes reading the prompts. Columns:
     x plain    time per token, as a multiple of that of plain decoding (T = 1)
     a round    tokens that are kept of a draft
     NFE        path calls per token, at the tokens that were kept
-    computed   path calls per token, with those for rejected drafts
+    computed   path calls per token, with those that speculation threw away
+    passes     how often the path ran per token; the rows of a batch share a pass
     floor      the least possible time as a share of the measured one. It assumes that every pass reads its
                weights, keys and values once, or computes its FLOPs, at the best speed of three probes. These
                are a copy, a matrix-vector product and a matrix product, measured in the same run
     same       whether the tokens are those of the reference: without drafts, or of plain decoding
 The share of a draft that is kept is a property of a trained model. With random weights we set it: the path
 is new and writes what plain decoding writes, at every T, and then a seeded share of its tokens is changed.
+The share of tokens whose guess changes at the first path call is set in the same way.
 
 Training is the optimizer step of train.py on one batch. Columns:
     x full     time, as a multiple of that of full finetuning
@@ -62,8 +64,9 @@ class Config:                       # `--help` prints the comments of this class
     # decoding
     steps: str = "16"               # values of T; T = 1, plain decoding, is always measured
     draft: str = "0,8,16"           # most tokens that the trunk drafts in a round
-    ahead: str = "0"                # most evaluations of a token in one path call; 0: one
+    ahead: str = "1000"             # most evaluations of a token in one pass of the path; 0: one
     acceptance: str = "0.5,0.8,0.95,1"  # random weights: shares of tokens that are not changed
+    changes: str = "0"              # random weights: shares of tokens whose guess changes
     stop: float = 0.1               # a trained run: measure with --stop, too; 0: do not
     batch: str = "1,8"              # prompts decoded at once
     texts: int = 8                  # a trained run: prompts in all, or `batch` where that is more
@@ -85,11 +88,12 @@ class Config:                       # `--help` prints the comments of this class
                  train_prompt=1, train_answer=1)
         require(self.decode or self.train or self.gpu_report,
                 "decode=False leaves nothing to measure; add --train")
-        self.check_numbers("steps", int, 1, 10 ** 4)
+        self.check_numbers("steps", int, 1, 1000)
         self.check_numbers("draft", int, 0, 10 ** 4)
         self.check_numbers("ahead", int, 0, 10 ** 4)
         self.check_numbers("batch", int, 1, 10 ** 6)
         self.check_numbers("acceptance", float, 0, 1)
+        self.check_numbers("changes", float, 0, 1)
         most = SIZES[self.model].block_size
         for a, b in (("prompt", "new_tokens"), ("train_prompt", "train_answer")):
             total = getattr(self, a) + getattr(self, b)

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 import decode
+import diffusion
 import speculate
 from bench.baseline import make_baseline
 from bench.costs import count_parameters, count_pass, count_passes, least_seconds
 from bench.models import SIZES, random_pair
 from bench.timing import best_speeds, make_probes, print_table, spread, time_by_turns
 from decode import DecodingConfig
+from diffusion import Tables
 from model import L2D, PathConfig
 from plumbing.dataset import load_split
 from plumbing.packed import pack
@@ -59,13 +61,48 @@ def changed_tokens(share, model, ids, config):
         speculate.refine = refine
 
 
-def write(model, prompts, batch, eot, config, acceptance=1.0):
-    """The Continuation of every prompt, `batch` of them at once. acceptance: share of tokens not changed."""
+@contextmanager
+def changed_guesses(share, model):
+    """Within this context the guess is another one from the first path call on, at this share of positions.
+
+    The tokens that are chosen in the end stay as they are. Not for the adaptive solver and --stop.
+    """
+    if share == 0:
+        yield
+        return
+    n_vocab = model.trunk.config.vocab_size
+    one_by_one = diffusion.Denoiser.pick
+    ahead = speculate.LookAhead.pick
+
+    def change(guess, u, after_first):
+        return torch.where(after_first & (u > 1 - share), (guess + 1) % n_vocab, guess)
+
+    def pick(self, logits):
+        return change(one_by_one(self, logits), self.u[:, 0], torch.tensor(self.n_evaluations > 1))
+
+    def pick_ahead(self, logits, e, n=slice(None)):
+        return change(ahead(self, logits, e, n), self.u[n, 0], e > 0)
+    diffusion.Denoiser.pick = pick
+    speculate.LookAhead.pick = pick_ahead
+    try:
+        yield
+    finally:
+        diffusion.Denoiser.pick = one_by_one
+        speculate.LookAhead.pick = ahead
+
+
+def write(model, prompts, batch, eot, config, acceptance=1.0, changes=0.0, tables=None):
+    """The Continuation of every prompt, `batch` of them at once.
+
+    acceptance: share of tokens that are not changed. changes: share of tokens whose guess is. tables: the
+    Tables of the model, made once for all batches.
+    """
     out = []
-    with changed_tokens(1 - acceptance, model, range(len(prompts)), config):
+    ids = range(len(prompts))
+    with changed_tokens(1 - acceptance, model, ids, config), changed_guesses(changes, model):
         for i in range(0, len(prompts), batch):
-            ids = range(i, i + batch)
-            out += speculate.generate(model, prompts[i:i + batch], eot, config, ids=ids)
+            out += speculate.generate(model, prompts[i:i + batch], eot, config, ids=range(i, i + batch),
+                                      tables=tables)
     return out
 
 
@@ -77,7 +114,7 @@ class Job:
     eot: int
     texts: list                     # prompts, lists of token ids
     least_texts: int                # prompts to decode, where the batch is not larger
-    variants: dict                  # {name: (DecodingConfig, acceptance)}, "plain" first
+    variants: dict                  # {name: (DecodingConfig, acceptance, changes)}, "plain" first
 
     def prompts(self, batch):
         return self.texts[:max(batch, self.least_texts)]
@@ -95,7 +132,8 @@ def choose_job(config, device, dtype):
     n_texts = max(parse_numbers(config.batch))
     texts = rng.integers(size.vocab_size, size=(n_texts, config.prompt)).tolist()
     shares = parse_numbers(config.acceptance, float)
-    variants = make_variants(config, {"max_new_tokens": config.new_tokens}, [0.0], shares)
+    changes = parse_numbers(config.changes, float)
+    variants = make_variants(config, {"max_new_tokens": config.new_tokens}, [0.0], shares, changes)
     return Job(model, -1, texts, 1, variants)
 
 
@@ -111,13 +149,16 @@ def trained_job(config, device, dtype):
     options = checkpoint["sampler"] | {"max_new_tokens": model.trunk.config.block_size}
     if model.path is None:
         config = replace(config, steps="1")
-    variants = make_variants(config, options, sorted({0.0, config.stop}), None)
+    variants = make_variants(config, options, sorted({0.0, config.stop}), None, [0.0])
     return Job(model, encoding.eot_token, texts, config.texts, variants)
 
 
-def make_variants(config, options, stops, shares):
-    """{name: (DecodingConfig, acceptance)}, "plain" first. shares: of drafts kept; None: the model's own."""
-    variants = {"plain": (DecodingConfig(steps=1, draft=0, ahead=0, **options), 1.0)}
+def make_variants(config, options, stops, shares, changes):
+    """{name: (DecodingConfig, acceptance, changes)}, "plain" first.
+
+    shares: of drafts that are kept, None for the model's own. changes: shares of tokens whose guess changes.
+    """
+    variants = {"plain": (DecodingConfig(steps=1, draft=0, ahead=0, **options), 1.0, 0.0)}
     steps = [T for T in parse_numbers(config.steps) if T > 1]
     drafts = parse_numbers(config.draft)
     for T, stop, draft, ahead in product(steps, stops, drafts, parse_numbers(config.ahead)):
@@ -127,10 +168,12 @@ def make_variants(config, options, stops, shares):
             name += f", ahead up to {ahead}"
         if stop:
             name += f", stop={stop}"
-        if draft and shares:
-            variants |= {f"{name}, {share:.0%} kept": (decoding, share) for share in shares}
-        else:
-            variants[name] = decoding, 1.0
+        for change in changes:
+            new = f", {change:.0%} changing" if change else ""
+            if draft and shares:
+                variants |= {f"{name}, {share:.0%} kept{new}": (decoding, share, change) for share in shares}
+            else:
+                variants[name + new] = decoding, 1.0, change
     return variants
 
 
@@ -138,7 +181,7 @@ def make_variants(config, options, stops, shares):
 def measure_decoding(config, device, dtype):
     """Measure each variant beside plain decoding. Prints a table for each batch; returns {batch: result}."""
     job = choose_job(config, device, dtype)
-    plain, _ = job.variants["plain"]
+    plain, _, _ = job.variants["plain"]
     baseline = make_baseline(job.model.trunk, job.eot, plain.max_new_tokens) if config.baseline else None
     pack(job.model)
     results = {}
@@ -151,7 +194,8 @@ def measure_batch(config, job, batch, baseline, device, dtype):
     """The result of measure_decoding for one size of batch."""
     model = job.model
     prompts = job.prompts(batch)
-    runs = {name: partial(write, model, prompts, batch, job.eot, *variant)
+    tables = Tables(model) if model.path is not None else None
+    runs = {name: partial(write, model, prompts, batch, job.eot, *variant, tables)
             for name, variant in job.variants.items()}
     if baseline:
         runs["transformers"] = partial(baseline, prompts, batch)
@@ -189,12 +233,12 @@ def compare_tokens(config, job, prompts, batch, out):
     A trained run must write what Algorithm 1 writes without drafts. With random weights every T must write
     what plain decoding does, with the same tokens changed.
     """
-    plain, _ = job.variants["plain"]
+    plain, _, _ = job.variants["plain"]
     known = {variant: out[name] for name, variant in job.variants.items()}
     same = {}
     for name in out:
-        decoding, share = job.variants.get(name, job.variants["plain"])
-        reference = replace(decoding, draft=0, ahead=0) if config.out_dir else plain, share
+        decoding, share, _ = job.variants.get(name, job.variants["plain"])
+        reference = replace(decoding, draft=0, ahead=0) if config.out_dir else plain, share, 0.0
         if reference not in known:
             known[reference] = write(job.model, prompts, batch, job.eot, *reference)
         same[name] = [text.tokens for text in out[name]] == [text.tokens for text in known[reference]]
@@ -211,5 +255,6 @@ def make_row(seconds, out, plain, n_plain, floor):
         "a round": n / rounds if rounds else None,
         "NFE": sum(text.nfe for text in out) / n,
         "computed": sum(text.computed for text in out) / n,
+        "passes": sum(text.passes for text in out) / n,
         "floor": spread(floor / s for s in seconds),
     }

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 from configurator import UserError, require
+from plumbing.hub_encoding import HubEncoding
 from plumbing.hub_weights import HUB, find_folder, read_config, read_json
-from plumbing.tokenizer import Tokenizer
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # each digit on its own, and then GPT-2's pattern on what lies between them, as one pattern
@@ -44,7 +44,7 @@ def find_chat(name, special, end):
 
 def load_hub_tokenizer(name, chat=False):
     """
-    Return the Tokenizer of the trunk with that name, or None where its folder has none.
+    Return the HubEncoding of the trunk with that name, or None where its folder has none.
 
     name: a key of HUB, a folder as the hub has it, or a .gguf file. chat: whether each prompt is put into the
     model's chat format. A text ends with the end of text that the model's config names. Of several it is the
@@ -87,7 +87,7 @@ def is_hub_tokenizer(name):
 
 def make_tokenizer(name, vocab, merges, special, pattern, normal_form, begin, end, chat):
     """
-    Return a Tokenizer. Raises UserError where tiktoken would encode differently.
+    Return a HubEncoding. Raises UserError where tiktoken would encode differently.
 
     vocab: {text: token}, each byte of the text written as GPT-2 writes it. merges: pairs of texts, in order.
     special: {text: token}. begin: a text or "". end: a token. chat: whether prompts are turns of a chat.
@@ -107,8 +107,8 @@ def make_tokenizer(name, vocab, merges, special, pattern, normal_form, begin, en
             "its tokenizer; name one there")
     chat = find_chat(name, special, names[end]) if chat else ""
     try:
-        return Tokenizer(name, names[end], begin, normal_form, chat, pat_str=pattern, mergeable_ranks=ranks,
-                         special_tokens=special)
+        return HubEncoding(name, names[end], begin, normal_form, chat, pat_str=pattern, mergeable_ranks=ranks,
+                           special_tokens=special)
     except (ValueError, KeyError) as e:
         raise UserError(f"tiktoken cannot make the tokenizer of {name} ({type(e).__name__}: {e}); use "
                         "another model") from None

@@ -5,7 +5,6 @@ hub_tokenizer.py reads those of models on the hub.
 """
 import hashlib
 import os
-import unicodedata
 from pathlib import Path
 
 import tiktoken
@@ -20,35 +19,11 @@ GPT2_FILES = {"vocab.bpe": (456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728
               "encoder.json": (1042301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")}
 
 
-class Tokenizer(tiktoken.Encoding):
-    """A tiktoken Encoding for which some things need not be as in GPT-2's.
-
-    end: the name of the special token that ends a text. begin: that of the token which every prompt begins
-    with, "" for none. normal_form: of Unicode, to which a text is brought first, such as "NFC". chat: a text
-    with {} into which every prompt is put, a turn of a chat; "" for none.
-    """
-    def __init__(self, name, end, begin="", normal_form="", chat="", **parts):
-        super().__init__(name, **parts)
-        self.more = {"end": end, "begin": begin, "normal_form": normal_form, "chat": chat}
-        self.eot_token                                            # a KeyError, if there is no such token
-        before, after = (chat or "{}").split("{}")
-        self.before = self.encode(begin + before, allowed_special="all")
-        self.after = self.encode(after, allowed_special="all")
-
-    @property
-    def eot_token(self):
-        return self._special_tokens[self.more["end"]]
-
-    def encode_ordinary(self, text):
-        form = self.more["normal_form"]
-        return super().encode_ordinary(unicodedata.normalize(form, text) if form else text)
-
-
 def describe_tokenizer(encoding):
     """Return what load_tokenizer needs to make this tiktoken Encoding again, a dict.
 
     name, fingerprint; unless it is GPT-2's, also pattern, pieces (the bytes of token 0, 1, ... as latin-1,
-    None for a special one), special ({text: token}), and more: the arguments of a Tokenizer.
+    None for a special one), special ({text: token}), and for a HubEncoding more, further arguments of it.
     """
     description = {"name": encoding.name, "fingerprint": fingerprint(encoding)}
     if encoding.name != GPT2["name"]:
@@ -58,7 +33,7 @@ def describe_tokenizer(encoding):
         description["pattern"] = encoding._pat_str
         description["pieces"] = pieces
         description["special"] = encoding._special_tokens
-    if isinstance(encoding, Tokenizer):
+    if hasattr(encoding, "more"):
         description["more"] = encoding.more
     return description
 
@@ -72,7 +47,9 @@ def load_tokenizer(description):
         else:
             ranks = {piece.encode("latin-1"): token for token, piece in enumerate(description["pieces"])
                      if piece is not None}
-            make = Tokenizer if "more" in description else tiktoken.Encoding
+            make = tiktoken.Encoding
+            if "more" in description:
+                from plumbing.hub_encoding import HubEncoding as make
             encoding = make(name, pat_str=description["pattern"], mergeable_ranks=ranks,
                             special_tokens=description["special"], **description.get("more", {}))
         if fingerprint(encoding) != description["fingerprint"]:
@@ -98,7 +75,7 @@ def fingerprint(encoding):
     """Return 16 hexadecimal digits that differ where two Encodings encode a text differently."""
     parts = (sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]), encoding._pat_str,
              sorted(encoding._special_tokens.items()))
-    if isinstance(encoding, Tokenizer):
+    if hasattr(encoding, "more"):
         parts += (sorted((k, v) for k, v in encoding.more.items() if k != "chat"),)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -107,23 +84,22 @@ def encode_text(encoding, text, place):
     """Return the token ids of a text. Raises UserError, naming place, if it holds what cannot be encoded."""
     for special in encoding._special_tokens:  # encode_ordinary would silently spell it with several tokens
         require(special not in text, f"{place} contains the special token {special}; remove it")
-    if isinstance(encoding, Tokenizer):
-        unknown = [c for c in set(text)
-                   if not all(bytes([byte]) in encoding._mergeable_ranks for byte in c.encode())]
-        require(not unknown, f"{place} contains {unknown}, for which {encoding.name} has no token; remove it")
+    unknown = [c for c in set(text) if not all(bytes([b]) in encoding._mergeable_ranks for b in c.encode())]
+    require(not unknown, f"{place} contains {unknown}, for which {encoding.name} has no token; remove it")
     return encoding.encode_ordinary(text)
 
 
 def encode_prompt(encoding, text, place):
     """Return the token ids of a text that the model is to continue. Raises UserError as encode_text does."""
     ids = encode_text(encoding, text, place)
-    return [*encoding.before, *ids, *encoding.after] if isinstance(encoding, Tokenizer) else ids
+    return [*encoding.before, *ids, *encoding.after] if hasattr(encoding, "more") else ids
 
 
 def encode_answer(encoding, text, place):
     """Return the token ids of what follows a prompt, without the end of text. Raises UserError, too."""
-    chat = isinstance(encoding, Tokenizer) and encoding.more["chat"]
-    return encode_text(encoding, text.lstrip() if chat else text, place)  # a turn begins without a space
+    if hasattr(encoding, "more") and encoding.more["chat"]:
+        text = text.lstrip()                                      # a turn begins without a space
+    return encode_text(encoding, text, place)
 
 
 def encode_question(encoding, prompt, question):

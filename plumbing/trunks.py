@@ -4,7 +4,6 @@ Load the trunk that --trunk names, and see that it fits the data.
 from configurator import UserError
 from model import GPTConfig
 from plumbing.checkpoint import load_checkpoint, pair_from
-from plumbing.tokenizer import describe_tokenizer
 
 GPT2_TOKENS = GPTConfig().vocab_size
 
@@ -28,6 +27,7 @@ def load_trunk(name, manifest):
 
     if is_hub_trunk(name):
         from plumbing.hub_tokenizer import load_hub_tokenizer
+        from plumbing.tokenizer import describe_tokenizer
         encoding = load_hub_tokenizer(name)
         if encoding is not None:
             check_tokenizer(name, describe_tokenizer(encoding), wanted)

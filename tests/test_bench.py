@@ -273,7 +273,8 @@ def run_main(tmp_path, *options):
 
 def test_decoding_from_end_to_end(tmp_path, capsys):
     pytest.importorskip("transformers")
-    result = run_main(tmp_path, "--steps=4", "--batch=1,2", "--draft=0,4", "--acceptance=0.5,1", "--baseline")
+    result = run_main(tmp_path, "--steps=4", "--batch=1,2", "--draft=0,4", "--ahead=0", "--acceptance=0.5,1",
+                      "--baseline")
     assert {"config", "parameters", "decode", "commit", "machine", "threads", "torch"} <= result.keys()
     assert list(result["decode"]) == ["1", "2"] and "train" not in result
     for batch, r in result["decode"].items():
@@ -294,9 +295,20 @@ def test_decoding_from_end_to_end(tmp_path, capsys):
     assert "50% kept" in capsys.readouterr().out
 
 
+def test_looking_ahead_takes_one_call_unless_the_guess_changes(tmp_path):
+    """Random weights whose guess stays: one call for T - 1 evaluations, and one more for each change."""
+    result = run_main(tmp_path, "--steps=5", "--batch=1", "--draft=0", "--ahead=0,9", "--changes=0,1")
+    rows = result["decode"]["1"]["rows"]
+    assert [rows[f"T=5, no drafts{more}"]["passes"] for more in ("", ", 100% changing")] == [4, 4]
+    stays, changes = (rows[f"T=5, no drafts, ahead up to 9{more}"] for more in ("", ", 100% changing"))
+    assert stays["passes"] <= 4 and stays["NFE"] == changes["NFE"] == stays["computed"] == 4
+    assert all(row["same"] for row in rows.values())
+
+
 def test_decoding_of_a_trained_run(l2d, tmp_path):
     """Its own prompts and its own drafts, with and without --stop."""
-    result = run_main(tmp_path, f"--out_dir={l2d}", "--steps=1,4", "--batch=2", "--texts=3", "--draft=0,4", "--stop=0.5")
+    result = run_main(tmp_path, f"--out_dir={l2d}", "--steps=1,4", "--batch=2", "--texts=3", "--draft=0,4", "--stop=0.5",
+                      "--ahead=0")
     rows = result["decode"]["2"]["rows"]
     assert list(rows) == ["plain", "T=4, no drafts", "T=4, drafts up to 4", "T=4, no drafts, stop=0.5",
                           "T=4, drafts up to 4, stop=0.5"]
@@ -327,11 +339,11 @@ def test_a_check_that_fails_is_an_error(monkeypatch, tmp_path):
 
 def test_tokens_that_differ_are_an_error(tmp_path, monkeypatch):
     real = decoding.write
-    def wrong(model, prompts, batch, eot, config, acceptance=1.0):
-        out = real(model, prompts, batch, eot, config, acceptance)
+    def wrong(model, prompts, batch, eot, config, *args):
+        out = real(model, prompts, batch, eot, config, *args)
         return [dataclasses.replace(o, tokens=[0] + o.tokens) for o in out] if config.steps == 2 else out
     monkeypatch.setattr(decoding, "write", wrong)
-    message = error_of(run_main, tmp_path, "--steps=2,3", "--batch=1", "--draft=0")
+    message = error_of(run_main, tmp_path, "--steps=2,3", "--batch=1", "--draft=0", "--ahead=0")
     assert "T=2, no drafts at batch 1" in message and "T=3" not in message
     assert json.loads((tmp_path / "deep" / "bench.json").read_text())["decode"]
 

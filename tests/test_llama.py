@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import Naive, error_of, everywhere, generator, says, tokens
 
 import speculate
+from adaptive import denoiser_class
 from decode import DecodingConfig, generate_batch, generate_one
 from diffusion import draw, nll, trunk_nll
 from llama import Llama, LlamaConfig, rotary_frequencies
@@ -249,7 +250,8 @@ def test_every_way_of_decoding_writes_one_text(name, mode):
     prompts = [tokens(n, seed=n, vocab=29).tolist() for n in (3, 1, 7, 5)]
     config = DecodingConfig(**dict(max_new_tokens=14, draft=0, ahead=0) | SAMPLERS[name])
     group = [1, 0, 2, 1]
-    plain = [generate_one(model, p, 4, config, group[i], i) for i, p in enumerate(prompts)]
+    denoise = denoiser_class(config)
+    plain = [generate_one(model, p, 4, config, group[i], i, denoise=denoise) for i, p in enumerate(prompts)]
     new, ended, _ = Naive(model, config, 1, 4).generate(prompts[0], 0)
     assert plain[0].tokens == new and plain[0].ended == ended
     batch = generate_batch(model, prompts, 4, config, group)

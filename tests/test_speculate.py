@@ -151,7 +151,7 @@ def test_a_path_that_agrees_with_the_trunk_keeps_whole_drafts(ahead):
     (plain,) = each_alone(pair, [[3, 1]], -1, DecodingConfig(steps=1, max_new_tokens=20))
     assert output.tokens == plain.tokens and output.rejected == [] and output.rounds == 2
     assert output.nfe == output.computed == 4 * 20 and output.changes == 0
-    assert output.calls == (2 if ahead else 2 * 4)
+    assert output.passes == (2 if ahead else 2 * 4)
 
 
 @pytest.mark.parametrize("setting", ["euler", "midpoint odd", "fixed_point", "heun to 1", "guidance"])
@@ -167,7 +167,7 @@ def test_a_rejected_draft_costs_what_was_computed_behind_it(model, monkeypatch, 
         (output,) = generate(model, [PROMPTS[0]], -1, config)
     n_calls = output.nfe // 15
     assert output.computed == n_calls * sum(lengths) > output.nfe == n_calls * 15
-    assert output.rounds == len(lengths) < 15 and output.calls == n_calls * len(lengths)
+    assert output.rounds == len(lengths) < 15 and output.passes == n_calls * len(lengths)
 
 
 @pytest.mark.parametrize("setting", ["two", "euler", "many", "midpoint odd", "heun to 1", "fixed_point",
@@ -188,5 +188,5 @@ def test_a_token_takes_one_call_a_window_and_one_more_for_each_change(model, set
             known = changes[0] + 1 if changes else end
     with sizes(1, W):
         (output,) = generate(model, [PROMPTS[0]], -1, config)
-    assert (output.calls, output.computed, output.nfe) == (calls, computed, plain.nfe)
+    assert (output.passes, output.computed, output.nfe) == (calls, computed, plain.nfe)
     assert W < 100 or setting in ("two", "sampled guesses") or calls < 0.7 * plain.nfe

@@ -436,8 +436,9 @@ def test_torchrun_starts_the_ranks(options):
 def test_a_mistake_is_said_by_one_rank_of_a_host(options, tmp_path):
     ranks = start_ranks(tmp_path, 2, argv(**options | dict(data_dir=tmp_path / "nothing")))
     assert [r.wait() for r in ranks] == [1, 1]
-    says(ranks[0].err(), "error: no prepared data")
-    assert ranks[0].err().count("\n") == 1 and ranks[1].err() == ""
+    said = "".join(rank.err() for rank in ranks)                  # by whichever rank met it first
+    says(said, "error: no prepared data")
+    assert said.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------ optimisation
