@@ -54,12 +54,12 @@ def step_bytes(size, mode, shapes, dtype=torch.bfloat16):
     """Count the bytes that stay between training steps, and the peak of one step for each shape of batch.
 
     size: a GPTConfig or LlamaConfig. mode: a key of MODES; a trunk of Llama's type that is frozen is in
-    bfloat16. shapes: a list of (rows, length, targets), or of (rows, length, targets, "validation") for a
-    batch without gradients. Returns the bytes that stay, and a list of peaks.
+    bfloat16, if dtype is. shapes: a list of (rows, length, targets), or of (rows, length, targets,
+    "validation") for a batch without gradients. Returns the bytes that stay, and a list of peaks.
     """
     with torch.device("meta"):
         model = random_pair(size, *MODES[mode])
-    if size in LLAMA_SIZES.values() and MODES[mode][0] == "frozen":
+    if size in LLAMA_SIZES.values() and MODES[mode][0] == "frozen" and dtype == torch.bfloat16:
         model.trunk.bfloat16()
     with FakeTensorMode(), Meter() as meter:
         for module in model.modules():                            # autocast does not work on meta tensors

@@ -258,6 +258,16 @@ def test_the_table_says_what_fits(monkeypatch):
     assert "| gpt2 | L2D, full path | - | 4 | 1 | 1 |" in memory.format_page({"gpt2": None}, ["L2D, full path"])
 
 
+@pytest.mark.parametrize("mode, counted", [("L2D, full path", "l2d_full_path"), ("L2D, LoRA path", "l2d_lora_path")])
+def test_a_frozen_trunk_of_llamas_type_stays_in_two_bytes_and_a_path_in_twelve(mode, counted):
+    n = count_parameters(SIZES["tiny-llama"], PathConfig())
+    table = 1024 * 16                                             # of rotary positions
+    for dtype, n_bytes in ((torch.bfloat16, 2), (torch.float32, 4)):
+        stays, _ = step_bytes(SIZES["tiny-llama"], mode, [(2, 20, 20)], dtype)
+        expected = n_bytes * (n["trunk"] + table) + 12 * n[counted]
+        assert abs(stays - expected) < 2000                       # AdamW's step counters
+
+
 def test_a_batch_without_gradients_takes_less():
     _, (trains, validates) = step_bytes(TINY, "L2D, full path", [(4, 30, 40), (4, 30, 40, "validation")])
     assert 0 < validates < trains
