@@ -252,6 +252,7 @@ class Tables(dict):
     def __init__(self, model):
         self.path = model.path
         self.V = model.embed(slice(None))
+        self.earlier = {}                                         # what speculate.py saw in earlier texts
 
     def at(self, times):
         """The conditions of M times, a tuple: L x (M G, 6C) and w_d (M G, C), for G groups at each time."""

@@ -71,13 +71,20 @@ def generate_speculatively(model, prompts, eot, config, group=None, ids=None, tr
     out = rows.out                                                # of all; rows.out loses those that end
     longest = max(1, min(config.draft, config.max_new_tokens))
     widest = min(config.ahead, config.steps - 1) if can_look_ahead(config) else 1
+    earlier = tables.earlier.setdefault(config, decode.Continuation())       # texts before these, summed up
     while rows.out:
-        K, W = choose_sizes(rows.out, config, longest, widest, measure_costs(model, rows))
+        costs = measure_costs(model, rows)
+        K, W = choose_sizes(rows.out, earlier, config, longest, widest, costs)
         K = min(K, block_size - max(rows.positions))
         draft = write_draft(model, rows, K, eot, config)
         y, f = refine(model, rows, draft, tables, config, W, trace)
         accept(rows, draft, y, f, eot)
         rows.drop_finished(config, block_size)
+    for text in out:
+        earlier.predicted += text.predicted
+        earlier.nfe += text.nfe
+        earlier.changes += text.changes
+        earlier.rejected += text.rejected
     return out
 
 

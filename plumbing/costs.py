@@ -77,11 +77,11 @@ def interpolate(points, n):
     return seconds * max(1.0, n / last)
 
 
-def choose_sizes(out, config, longest, widest, costs):
+def choose_sizes(out, earlier, config, longest, widest, costs):
     """The draft length K and the window W that should take the least time per token.
 
-    out: the Continuations of the B rows. longest, widest: the most that K and W may be. costs: from
-    measure_costs.
+    out: the Continuations of the B rows. earlier: the sum of those written before. longest, widest: the most
+    that K and W may be. costs: from measure_costs.
 
     A share a of the tokens was as drafted so far, so a draft of K tokens yields (1 - a^K) / (1 - a) tokens on
     average. The guess changed at a share q of the evaluations, so a window of W serves (1 - (1 - q)^W) / q of
@@ -89,12 +89,13 @@ def choose_sizes(out, config, longest, widest, costs):
     changed their guess.
     """
     trunk, path, operation = costs
-    bookkeeping = (100 + 8 * config.steps) * operation            # of a round, in small operations
+    bookkeeping = (1000 + 30 * config.steps) * operation          # of a round; fitted to the demo on a CPU
     B = len(out)
-    n = 10 + sum(o.predicted for o in out)
-    differ = (1 + sum(len(o.rejected) for o in out)) / n          # 1 - a
-    E = max(1, (10 * (config.steps - 1) + sum(o.nfe for o in out)) / n)     # path calls of a token
-    q = min(1.0, (2 + sum(o.changes for o in out)) / n / E)
+    known = [*out, earlier]
+    n = 10 + sum(o.predicted for o in known)
+    differ = (1 + sum(len(o.rejected) for o in known)) / n        # 1 - a
+    E = max(1, (10 * (config.steps - 1) + sum(o.nfe for o in known)) / n)   # path calls of a token
+    q = min(1.0, (2 + sum(o.changes for o in known)) / n / E)
 
     def time_per_token(K, W):
         tokens = (1 - (1 - differ) ** K) / differ

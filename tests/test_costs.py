@@ -39,7 +39,7 @@ def test_the_next_draft_has_the_length_of_the_least_expected_time():
         return (K + 15 * (1 + K / 32)) / kept
     n = 10 ** 4                                                   # the ten assumed vanish
     best = min([1, 2, 4, 8, 16], key=time_per_token)
-    assert choose_sizes(written(n, n // 5), DecodingConfig(), 16, 1, costs()) == (best, 1)
+    assert choose_sizes(written(n, n // 5), Continuation(), DecodingConfig(), 16, 1, costs()) == (best, 1)
 
 
 @pytest.mark.parametrize("q", [0.01, 0.05, 0.3, 0.9])
@@ -59,13 +59,13 @@ def test_the_window_takes_about_the_least_time_there_is(q, free):
                 known = next((e + 1 for e in range(known, end) if token[e]), end)
         return total
     n = 10 ** 5
-    K, W = choose_sizes(written(n, changes=int(15 * q * n)), DecodingConfig(), 1, 15, costs(free))
+    K, W = choose_sizes(written(n, changes=int(15 * q * n)), Continuation(), DecodingConfig(), 1, 15, costs(free))
     assert K == 1 and seconds(W) < 1.1 * min(seconds(w) for w in (1, 2, 4, 8, 15))
 
 
 def test_drafts_are_longer_where_more_was_kept_and_shorter_where_positions_are_dear():
     def length(out, **machine):
-        return choose_sizes(out, DecodingConfig(), 16, 1, costs(**machine))[0]
+        return choose_sizes(out, Continuation(), DecodingConfig(), 16, 1, costs(**machine))[0]
     assert length(written(0)) > 2                                 # nothing known yet
     assert 1 < length(written(100, 60)) < length(written(100, 1)) == 16
     assert length(written(100, 40, rows=64)) == 1                 # arithmetic binds: drafts only waste
@@ -77,7 +77,7 @@ def test_drafts_are_longer_where_more_was_kept_and_shorter_where_positions_are_d
 @pytest.mark.parametrize("longest, widest", [(1, 1), (1, 5), (3, 3), (16, 63)])
 def test_where_all_is_free_and_nothing_is_lost_drafts_and_windows_are_the_largest(longest, widest):
     out = written(10 ** 6)
-    assert choose_sizes(out, DecodingConfig(), longest, widest, costs(free=10 ** 6, trunk=0.0)) == (longest, widest)
+    assert choose_sizes(out, Continuation(), DecodingConfig(), longest, widest, costs(free=10 ** 6, trunk=0.0)) == (longest, widest)
 
 
 @pytest.mark.parametrize("more, most", [(dict(draft=0), (1, 3)), (dict(ahead=1), (5, 1)), (dict(ahead=2), (5, 2)),
