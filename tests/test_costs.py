@@ -85,9 +85,9 @@ def test_where_all_is_free_and_nothing_is_lost_drafts_and_windows_are_the_larges
                                         (dict(draft=99, max_new_tokens=4), (4, 3))])
 def test_sizes_keep_to_their_options(model, monkeypatch, more, most):
     asked, choose = [], speculate.choose_sizes
-    def looked_at(out, config, longest, widest, costs):
+    def looked_at(out, earlier, config, longest, widest, costs):
         asked.append((longest, widest))
-        return choose(out, config, longest, widest, costs)
+        return choose(out, earlier, config, longest, widest, costs)
     monkeypatch.setattr(speculate, "choose_sizes", looked_at)
     speculate.generate(model, PROMPTS, EOT, DecodingConfig(**dict(steps=4, draft=5, max_new_tokens=6) | more))
     assert set(asked) == {most}
