@@ -7,7 +7,7 @@ Algorithm 1. Words, symbols and shapes are those of model.py.
 """
 import torch
 
-from diffusion import Denoiser, velocity
+from diffusion import Denoiser, find_probability, velocity
 from model import Context
 
 
@@ -57,6 +57,17 @@ def adaptive(x_1_hat, x, steps, tol, t_end):
     return x, t
 
 
+def find_distance(x_t, t, x_0, x_1_hat):
+    """|x_1_hat - m| / sqrt(D), (N,): how far the newest guess is from the mean m of those before it (--stop).
+
+    x_t = (1 - t) x_0 + t m, which gives m. t: a float, or (N,).
+    """
+    if torch.is_tensor(t):
+        t = t[:, None]
+    m = (x_t - (1 - t) * x_0) / t
+    return (x_1_hat - m).norm(dim=1) / x_t.size(1) ** 0.5
+
+
 class AdaptiveDenoiser(Denoiser):
     """A Denoiser that can evaluate some of its positions, each at its own time, and stop some of them.
 
@@ -89,15 +100,14 @@ class AdaptiveDenoiser(Denoiser):
         if not going.any():
             return self.logits
         self.n_evaluations += 1
-        i = self.evaluated
         logits = self.call_path(x_t, t, self.group)
         guess = self.pick(logits)
         if going.all():
             self.logits = logits
             self.guess = guess
         else:
-            self.logits[i] = logits
-            self.guess = self.guess.index_put((i,), guess)        # a copy: x_1_hat compares with the old one
+            self.logits[self.evaluated] = logits
+            self.guess = self.guess.index_put((self.evaluated,), guess)   # a copy: x_1_hat needs the old one
         self.record(t)
         return self.logits
 
@@ -116,19 +126,9 @@ class AdaptiveDenoiser(Denoiser):
             logits = self.call_path(x_t, t, no_group)
             x_1_hat[i] = w * x_1_hat[i] + (1 - w) * self.embed(logits, self.pick(logits))
         if self.config.stop:
-            far = self.distance(x_t, t, x_1_hat) > self.config.stop
+            far = find_distance(x_t, t, self.x_0, x_1_hat) > self.config.stop
             self.running[i] = (far | (self.guess != guess_before))[i]
         return x_1_hat
-
-    def distance(self, x_t, t, x_1_hat):
-        """|x_1_hat - m| / sqrt(D), (N,): how far the newest guess is from the mean m of those before it.
-
-        x_t = (1 - t) x_0 + t m, which gives m.
-        """
-        if torch.is_tensor(t):
-            t = t[:, None]
-        m = (x_t - (1 - t) * self.x_0) / t
-        return (x_1_hat - m).norm(dim=1) / x_t.size(1) ** 0.5
 
     def call_path(self, x_t, t, group):
         """A path call at the positions self.evaluated, of which there are n: logits (n, V_size)."""
@@ -153,7 +153,7 @@ class AdaptiveDenoiser(Denoiser):
         if self.trace is not None:
             traces = self.trace
             times = torch.as_tensor(t).expand(len(self.guess)).tolist()
-            p = self.logits.softmax(-1).gather(1, self.guess[:, None])[:, 0].tolist()
+            p = find_probability(self.logits, self.guess).tolist()
             guesses = self.guess.tolist()
             for n in torch.arange(len(traces), device=self.guess.device)[self.evaluated].tolist():
                 traces[n].append((times[n], guesses[n], p[n]))

@@ -244,6 +244,11 @@ def choose(logits, u, temperature=1.0, top_k=0):
     return token.clamp(max=logits.size(-1) - 1)
 
 
+def find_probability(logits, token):
+    """The probability of the token (N,) of each row of logits (N, V_size): (N,)."""
+    return logits.softmax(-1).gather(1, token[:, None])[:, 0]
+
+
 class Tables(dict):
     """What is the same for every token: V (V_size, D), and for each time the path's condition of all groups.
 
@@ -347,6 +352,6 @@ class Denoiser:
 
     def record(self, t):
         if self.trace is not None:
-            p = self.logits.softmax(-1).gather(1, self.guess[:, None])[:, 0]
+            p = find_probability(self.logits, self.guess)
             for evaluations, guess, probability in zip(self.trace, self.guess.tolist(), p.tolist()):
                 evaluations.append((t, guess, probability))

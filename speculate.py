@@ -31,9 +31,9 @@ from typing import NamedTuple
 import torch
 
 import decode
-from adaptive import denoiser_class
+from adaptive import denoiser_class, find_distance
 from decode import fit_to_trunk, read_prompts
-from diffusion import Tables, algorithm_1, choose
+from diffusion import Tables, algorithm_1, choose, find_probability
 from model import Context
 from plumbing.costs import choose_sizes, measure_costs
 
@@ -216,7 +216,7 @@ class LookAhead:
         self.p = None
         if trace:
             self.p = torch.zeros(N, E, device=row.device)         # probability of each guess
-            self.p[:, 0] = trunk_logits.float().softmax(-1).gather(1, first[:, None])[:, 0]
+            self.p[:, 0] = find_probability(trunk_logits.float(), first)
         self.y = draft.clone()                                    # (N,) the tokens that come out
         self.computed = torch.zeros_like(row)                     # (N,) queries
         self.n_passes = 0
@@ -318,7 +318,7 @@ class LookAhead:
             logits = self.model.trunk.head(h[part]).float()
             guess.append(self.pick(logits, e[part], n[part]))
             if self.p is not None:
-                p.append(logits.softmax(-1).gather(1, guess[-1][:, None])[:, 0])
+                p.append(find_probability(logits, guess[-1]))
         return torch.cat(guess), torch.cat(p) if p else None
 
     def pick(self, logits, e, n=slice(None)):
@@ -332,9 +332,8 @@ class LookAhead:
         """--stop, decided from the trajectory: a position ends at its first evaluation that has settled."""
         self.newest = self.replay(self.guess, self.free)
         for e in range(1, len(self.times) - 1):
-            t = self.times[e]
-            m = (self.newest.x[e] - (1 - t) * self.x_0) / t       # the mean of the guesses before
-            far = (self.newest.points[:, e] - m).norm(dim=1) / m.size(1) ** 0.5 > self.config.stop
+            x_1_hat = self.newest.points[:, e]
+            far = find_distance(self.newest.x[e], self.times[e], self.x_0, x_1_hat) > self.config.stop
             settled = ~far & (self.guess[:, e] == self.guess[:, e - 1])
             here = settled & (e < self.known) & (e < self.end)
             self.end = torch.where(here, e, self.end)
