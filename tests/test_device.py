@@ -1,9 +1,10 @@
-"""plumbing/device.py: which device and which dtype."""
+"""plumbing/device.py: which device and which dtype. plumbing/kernels.py: which kernels."""
 import pytest
 import torch
 from helpers import error_of, says
 
-from plumbing.device import compiles, pick_device, pick_dtype, read_environment, use_kernels_for_training
+from plumbing.device import pick_device, pick_dtype, read_environment
+from plumbing.kernels import compiles, use_kernels_for_training
 
 CPU = torch.device("cpu")
 
