@@ -15,7 +15,7 @@ Then the timings, the most important first:
     controls    a training step of L2D and of its controls, with the memory that bench/memory.py counts
 
 Each has a time limit. They run in a process of their own: where one hangs, that process is ended, and a new
-one goes on with the rest. The results are written after each. `--only=NAME` runs one.
+one goes on with the rest. The results are written after each. `--only=NAME,NAME` runs these alone.
 """
 import multiprocessing
 import os
@@ -175,7 +175,7 @@ def compute_gradient(rank, world, device):
     mine = rows % world == rank
     at = rows[mine] // world, columns[mine]
     loss = train.Loss(model)
-    if world > 1:
+    if dist.is_initialized():
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
     losses = loss(idx[rank::world], at, y[mine], group[rank::world], t[mine], x_0[mine])
     (losses.sum() / len(y) * world).backward()                    # as in train.py: DDP takes the mean

@@ -416,6 +416,7 @@ def test_one_item_alone(tmp_path):
     result = run_main(tmp_path, "--gpu_report", "--only=logits")
     assert list(result["seconds_of"]) == ["logits"] and result["not_reached"] == [] and "train" not in result
     says(error_of(run_main, tmp_path, "--only=logits"), "only=logits", "--gpu_report")
+    says(error_of(run_main, tmp_path, "--gpu_report", "--only=speed"), "only='speed'", "logits, compiled")
 
 
 def test_a_check_that_fails_is_an_error(monkeypatch, tmp_path):
