@@ -291,18 +291,36 @@ def time_decoding(config, device, dtype, batch=1):
         baseline = make_baseline(model.trunk, -1, config.new_tokens)
         runs["transformers, T = 1"] = partial(baseline, prompts, batch)
         rows["transformers, T = 1"] = first_run(runs["transformers, T = 1"], device)
-    seconds, peaks = time_by_turns(runs, config.repeats, device, "decoding")
-    of_positions = batch * count_cache_bytes(model, config.prompt + config.new_tokens)
+    seconds, _ = time_by_turns(runs, config.repeats, device, "decoding")
+    needed = count_needed(model, batch, config.prompt + config.new_tokens)
     for name, row in rows.items():
         eager = seconds[name.replace("graphs on", "graphs off")]
         row["ms a token"] = spread(1e3 * s / row["tokens"] * batch for s in seconds[name])
         row["tokens/s"] = spread(row["tokens"] / s for s in seconds[name])
         row["x as fast"] = spread(a / b for a, b in zip(eager, seconds[name]))
-        row["GB"] = peaks[name] / 1e9 if peaks else None          # beyond the weights
-        row["x kv"] = peaks[name] / of_positions if peaks else None
+        taken = measure_memory(runs[name], device)
+        row["GB"] = taken and taken / 1e9
+        row["x needed"] = taken and taken / needed
     print(f"\ndecoding {config.model}, batch {batch}, {name_of(dtype)}")
     print_table(rows)
     yield f"decoding {batch}", None, rows
+
+
+def count_needed(model, batch, length):
+    """Bytes that decoding needs at least: weights, keys and values of all texts, and their logits."""
+    weights = sum(p.nbytes for p in model.parameters())
+    logits = 4 * batch * len(model.trunk.wte.weight)
+    return weights + batch * count_cache_bytes(model, length) + logits
+
+
+def measure_memory(f, device):
+    """Bytes that the allocator has taken from a GPU at the most, in a run of f. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    f()
+    return torch.cuda.max_memory_reserved()
 
 
 def first_run(f, device):

@@ -5,18 +5,19 @@ import math
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error_of, says
+from helpers import ROOT, error_of, says
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as script
-from bench import decoding, gpu_report, memory, timing
+from bench import decoding, gpu_report, memory, targets, timing
 from bench.__main__ import Config
 from bench.compact_json import format_json
 from bench.costs import count_parameters, count_pass, count_passes, least_seconds
@@ -453,6 +454,46 @@ def test_a_file_of_somebody_else_is_not_written_over(tmp_path):
         (tmp_path / "x").write_text(text)
         says(error_of(script.main, ["--model=tiny", f"--out={tmp_path / 'x'}"]), "was not written by python -m bench")
         assert (tmp_path / "x").read_text() == text
+
+
+# ------------------------------------------------------------------------------------ bench/on_a_gpu.sh
+def test_the_table_of_targets_says_what_was_met_missed_and_not_reached(tmp_path):
+    def row(ms, speed, fast):
+        return {"ms a token": {"median": ms}, "tokens/s": {"median": speed}, "x as fast": {"median": fast}, "x needed": 1.2}
+    report = {"checks": {"graphs, drafts up to 0": [True, ""], "graphs, drafts up to 8": [False, ""]},
+              "decoding 1": {"T = 1, graphs on": row(1, 900, 6.5), "T = 16, graphs on": row(4.5, 220, 3),
+                             "transformers, T = 1": {"tokens/s": {"median": 100}}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "train.log").write_text("3 compiling: the first step takes longer\n41 compiled; the first step ended after 33 s\n")
+    (tmp_path / "evaluate.log").write_text("9 batch_size=128: a text takes up to 9 MB, and 70.0 GB are free\n")
+    (tmp_path / "tests.log").write_text("80 FAILED tests/test_gpu.py::test_a\n80 1 failed, 4 passed in 70.1s\n")
+    rows = targets.make_rows(targets.read_results(tmp_path))
+    found = {name: (row["measured"], row[""]) for name, row in rows.items() if row["measured"] != "not reached"}
+    assert found == {"T = 1, as fast as eager": (6.5, "yes"), "T = 1, as fast as transformers": (9, "yes"),
+                     "T = 16, no drafts, ms a token": (4.5, "NO"), "texts the same with graphs, float32, share": (0.5, "NO"),
+                     "train.py, first step after, s": (41, "yes"), "evaluate.py, chosen batch": (128, "yes"),
+                     "tests/test_gpu.py, failed": (1, "NO")}
+    assert len(rows) - len(found) == 4
+
+
+def test_the_script_for_a_gpu_ends_with_its_table_whatever_fails(tmp_path):
+    """Each part within its time, and the names of the rows are those of the report. Here no part ends well."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/bash
+case "$*" in
+    *bench.targets*) exec {sys.executable} "$@";;
+    *train.py*) sleep 100;;
+    *) echo "line of $2"; exit 3;;
+esac
+""")
+    python.chmod(0o755)
+    env = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "LIMIT": "15", "DEVICE": "cpu", "MODEL": "tiny"}
+    done = subprocess.run(["bash", "bench/on_a_gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    printed = done.stdout
+    assert "== report: status 3" in printed and "== train: status 124" in printed
+    assert printed.index("== evaluate: not reached") < printed.index("== rest: not reached") < printed.index("no report")
+    assert printed.count("not reached") == 3 + len(targets.TARGETS)
+    assert (tmp_path / "out" / "report.log").read_text().endswith(" line of bench\n")
 
 
 # ------------------------------------------------------------------------------------------------ JSON
