@@ -74,12 +74,12 @@ def list_settings(checkpoint, has_path, shots):
     return settings
 
 
-def predict(model, tables, c, group, sampler, generator_seed):
-    """The logits (N, V_size) of Algorithm 1 at the N positions of c. The same seed gives every T its noise."""
+def predict(model, tables, c, group, sampler, seed):
+    """The logits (N, V_size) of Algorithm 1 at the N positions of c. The same seed gives the same noise."""
     N = len(c.pos)
     x_0 = None
     if sampler.steps > 1:
-        generator = torch.Generator(c.h.device).manual_seed(generator_seed)
+        generator = torch.Generator(c.h.device).manual_seed(seed)
         path_config = model.path.config
         x_0 = path_config.sigma * torch.randn(N, path_config.x_dim, generator=generator, device=c.h.device)
     return Denoiser(model, sampler, tables, c, group, x_0).predict().float()
