@@ -599,13 +599,14 @@ def compiled_at_four_lengths(size, n_layer, trunk_mode="frozen", path_mode="full
 
 @pytest.mark.parametrize("size", [GPT2, LLAMA])
 @pytest.mark.parametrize("trunk_mode, path_mode, steps, most", [
-    ("frozen", "full", None, 5), ("frozen", "lora", None, 5), ("lora", "lora", None, 6), ("full", "none", None, 4),
+    ("frozen", "full", None, 5), ("frozen", "lora", None, 5), ("lora", "lora", None, 7), ("full", "none", None, 4),
     ("frozen", "full", 4, 3)])
 def test_the_loss_compiled_by_block_has_no_breaks_and_few_graphs(size, trunk_mode, path_mode, steps, most):
     """The same losses and gradients as eager, at every length.
 
     A graph for each of trunk block, path block, and head with loss; and one more of each that has gradients,
-    for validation. Unrolled training reads all logits, so its head is not compiled.
+    for validation. The first block of a trunk with LoRAs has one of its own, since its input has no gradient.
+    Unrolled training reads all logits, so its head is not compiled.
     """
     breaks, graphs = compiled_at_four_lengths(size, 2, trunk_mode, path_mode, steps)
     assert breaks == {} and 1 <= graphs <= most, (breaks, graphs)
