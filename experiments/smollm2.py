@@ -1,0 +1,265 @@
+"""
+What do more steps do on a real language model? Measure the runs of experiments/smollm2.sh, and compare them.
+
+    python experiments/smollm2.py --measure=out/smollm2/l2d_s0               # its measured_test.json
+    python experiments/smollm2.py --measure=out/smollm2/l2d_s0 --shots=5     # its trunk, after examples
+    python experiments/smollm2.py          # compare: smollm2.json, smollm2.png, and the tables
+
+Everything is teacher-forced: each token of a true answer is predicted from its true context. "Greedy" is the
+share of tokens whose most probable prediction is right. "Sampled" at a temperature is the mean probability of
+the true token at that temperature, which is the accuracy of a sampled token without the noise of sampling.
+
+Intervals are 95% bootstrap intervals over problems, since the tokens of one problem are not independent. With
+several seeds each problem counts with its mean over the seeds. Differences are taken problem by problem.
+"""
+import glob
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # the project's folder
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bench.compact_json import write_json
+from configurator import at_least, configure, require, run
+from decode import predict_given
+from diffusion import SamplerConfig
+from evaluate import judge
+from plumbing.dataset import load_batch
+from plumbing.provenance import provenance, pyplot
+from plumbing.trained import load
+from tasks import few_shot, load_problems
+from tasks.problem import encode_problem, make_split
+
+ROWS = 4                            # problems of a batch, which share a generator of noise
+TEMPERATURES = (1.0, 0.7, 0.5, 0.3)
+STEPS = (1, 2, 4, 8, 16, 32)        # of the default grid
+MIDPOINT = (3, 7, 15)               # of the authors' solver, whose last evaluation is at t = 1
+KINDS = {"l2d": "L2D", "lora_path": "L2D, LoRA path", "paper": "L2D, the paper's start and input",
+         "unroll": "L2D, trained through Algorithm 1", "lora": "LoRA", "full": "full finetuning",
+         "five_shot": "trunk, five examples"}
+CONTROLS = ("five_shot", "lora", "full")
+
+
+@dataclass(frozen=True)
+class Config:                       # `--help` prints the comments of this class
+    root: str = "out/smollm2"       # folder of the runs, called KIND_sSEED
+    measure: str = ""               # measure this run; empty: compare all that have been measured
+    split: str = "test"             # val while anything is still chosen
+    limit: int = 64                 # problems; 0: all
+    shots: int = 0                  # worked examples before each problem; with them only T = 1 is measured
+    seed: int = 0                   # of the noise
+    dtype: str = "bfloat16"         # of the weights
+    device: str = "auto"
+    out: str = "experiments/smollm2"        # .json and .png are added
+
+    def __post_init__(self):
+        at_least(self, limit=0, shots=0, seed=0)
+        require(not self.shots or self.measure, f"shots={self.shots} needs --measure=RUN")
+
+
+# ------------------------------------------------------------------------------------------- measuring
+def list_settings(checkpoint, has_path, shots):
+    """{name: SamplerConfig} of all that is measured on a run."""
+    if not has_path or shots:
+        return {"T=1": SamplerConfig(steps=1)}
+    settings = {f"T={T}": SamplerConfig(steps=T, **(checkpoint["sampler"] if T > 1 else {})) for T in STEPS}
+    if not checkpoint["sampler"]:
+        for T in MIDPOINT:
+            settings[f"midpoint T={T}"] = SamplerConfig(steps=T, solver="midpoint", t_end=1.0)
+    return settings
+
+
+def sum_by_problem(values, rows, n_rows):
+    """Add up values (N,) of targets, each in one of the rows (N,): a list of n_rows numbers."""
+    return torch.zeros(n_rows, dtype=torch.float64).index_add_(0, rows, values.double()).tolist()
+
+
+def measure(config):
+    """Write the sums over the targets of each problem, for each setting, to measured.json of a run."""
+    model, encoding, checkpoint = load(config.measure, "best", config.device, config.dtype)
+    device = model.trunk.wte.weight.device
+    data_dir = checkpoint["config"]["data_dir"]
+    problems = load_problems(data_dir, config.split)[:config.limit or None]
+    if config.shots:
+        pool = load_problems(data_dir, "train")
+        problems = [p._replace(prompt=few_shot(p, pool, config.shots)) for p in problems]
+    data = make_split([encode_problem(encoding, p) for p in problems], [0] * len(problems), encoding.n_vocab)
+    longest = int(np.diff(data.offsets).max()) - 1
+    require(longest <= model.trunk.config.block_size, f"a problem of {config.split} has {longest} tokens, "
+            f"which is beyond the trunk's {model.trunk.config.block_size} positions; use fewer shots")
+    names = ["n", "right", "nll", "entropy", *(f"sampled {tau:g}" for tau in TEMPERATURES)]
+    found = {}
+    settings = list_settings(checkpoint, model.path is not None, config.shots)
+    starts = range(0, len(problems), ROWS)
+    for setting, sampler in settings.items():
+        sums = {name: [] for name in names}
+        for start in tqdm(starts, desc=setting, disable=not sys.stderr.isatty()):
+            ids = range(start, min(start + ROWS, len(problems)))
+            idx, at, y, _ = load_batch(data, ids, device)
+            generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + start)
+            logits = predict_given(model, idx, at, sampler, generator)[0].float()
+            right, nll, _, entropy = judge(logits, y)
+            sampled = [judge(logits / tau, y)[2] for tau in TEMPERATURES]
+            for name, values in zip(names, [torch.ones_like(right), right, nll, entropy, *sampled]):
+                sums[name] += sum_by_problem(values, at[0].cpu(), len(ids))
+        found[setting] = sums
+        print(setting, " ".join(f"{name} {sum(sums[name]) / sum(sums['n']):.4f}" for name in names[1:]),
+              flush=True)
+    name = f"measured_{config.split}" + (f"_{config.shots}shots" if config.shots else "")
+    record = {"split": config.split, "limit": config.limit, "shots": config.shots, "seed": config.seed,
+              "training": checkpoint["config"], "weights_sha256": checkpoint["sha256"],
+              "val_loss": checkpoint["best_val_loss"], "sums": found} | provenance(device)
+    write_json(os.path.join(config.measure, f"{name}.json"), record, levels=3)
+
+
+# ------------------------------------------------------------------------------------------- comparing
+class Bootstrap:
+    """95% intervals of ratios sum(values) / sum(n) over problems drawn with replacement, always the same."""
+    def __init__(self, n, repeats=10_000):
+        generator = np.random.default_rng(0)
+        problems = len(n)
+        draws = generator.integers(problems, size=(repeats, problems))
+        self.counts = np.zeros((repeats, problems))
+        np.add.at(self.counts, (np.arange(repeats)[:, None], draws), 1)
+        self.n = np.asarray(n)
+
+    def ratio(self, values):
+        """The ratio and the ends of its interval: (3,)."""
+        values = np.asarray(values)
+        drawn = self.counts @ values / (self.counts @ self.n)
+        return [float(values.sum() / self.n.sum()), *map(float, np.quantile(drawn, [0.025, 0.975]))]
+
+
+def read_runs(config):
+    """{kind: {seed: what measure wrote}}. The trunk after examples is the kind five_shot."""
+    runs = {}
+    for path in sorted(glob.glob(os.path.join(config.root, "*", f"measured_{config.split}*.json"))):
+        with open(path) as file:
+            record = json.load(file)
+        if record["limit"] != config.limit:
+            continue
+        kind, _, seed = Path(path).parent.name.rpartition("_s")
+        kind = "five_shot" if record["shots"] else kind
+        runs.setdefault(kind, {})[int(seed)] = record
+    require(runs, f"no run in {config.root} has been measured on {config.limit} problems of {config.split}; "
+            "start with --measure=RUN")
+    return runs
+
+
+def compare(runs):
+    """Rows for the JSON: of every kind and setting the mean over seeds of each number, with its interval."""
+    n = next(iter(next(iter(runs.values())).values()))["sums"]["T=1"]["n"]
+    bootstrap = Bootstrap(n)
+    means = {}                      # {(kind, setting, number): (problems,), the mean over seeds}
+    rows = []
+    for kind, by_seed in runs.items():
+        for setting in next(iter(by_seed.values()))["sums"]:
+            of_seeds = [record["sums"][setting] for record in by_seed.values()]
+            assert all(sums["n"] == n for sums in of_seeds), "runs were measured on other problems"
+            row = {"kind": kind, "setting": setting, "seeds": list(by_seed)}
+            for name in of_seeds[0]:
+                if name == "n":
+                    continue
+                each = np.array([sums[name] for sums in of_seeds])           # (seeds, problems)
+                means[kind, setting, name] = each.mean(0)
+                row[name] = bootstrap.ratio(each.mean(0))
+                row[f"{name} of seeds"] = (each.sum(1) / sum(n)).tolist()
+            rows.append(row)
+    return rows, means, bootstrap
+
+
+def list_differences(means, bootstrap):
+    """The differences that the claims are about: [(what, [difference, lower end, upper end])]."""
+    def difference(a, b):
+        return bootstrap.ratio(means[a] - means[b])
+    found = []
+    kinds = sorted({kind for kind, _, _ in means} - set(CONTROLS), key=list(KINDS).index)
+    for kind in kinds:
+        settings = [setting for other, setting, _ in means if other == kind]
+        for number in ("right", "sampled 1", "nll", "entropy"):
+            for setting in dict.fromkeys(settings):
+                base = "midpoint T=3" if setting.startswith("midpoint") else "T=2"
+                if setting not in ("T=1", base):
+                    found.append((f"{kind}, {number}: {setting} minus {base}",
+                                  difference((kind, setting, number), (kind, base, number))))
+        for setting in ("T=16", "midpoint T=15"):
+            if setting in settings:
+                many = kind, setting, "sampled 1"
+                found.append((f"{kind}: {setting} at temperature 1 minus T=2 greedy",
+                              difference(many, (kind, "T=2", "right"))))
+                for tau in TEMPERATURES[1:]:
+                    found.append((f"{kind}: {setting} at temperature 1 minus T=2 at temperature {tau:g}",
+                                  difference(many, (kind, "T=2", f"sampled {tau:g}"))))
+    return found
+
+
+def print_tables(rows, differences):
+    names = ["right", "sampled 1", "nll", "entropy", "sampled 0.7", "sampled 0.5", "sampled 0.3"]
+    print("| | T | seeds | greedy | sampled | NLL | entropy | at 0.7 | at 0.5 | at 0.3 |")
+    print("|---" * 10 + "|")
+    for row in rows:
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*row[name]) for name in names]
+        setting = row["setting"].replace("T=", "")
+        print(f"| {KINDS[row['kind']]} | {setting} | {len(row['seeds'])} | {' | '.join(cells)} |")
+    print("\n| difference | [95%] |\n|---|---|")
+    for what, (value, low, high) in differences:
+        print(f"| {what} | {value:+.4f} [{low:+.4f}, {high:+.4f}] |")
+
+
+def draw(rows, path):
+    """Accuracy against T, greedy and sampled; T = 2 at lower temperatures; the controls as lines."""
+    plt = pyplot("experiments/smollm2.py")
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    of_l2d = [row for row in rows if row["kind"] == "l2d"]
+    for prefix, marker, name in (("T=", "o", "L2D"), ("midpoint T=", "s", "authors' solver")):
+        chosen = [row for row in of_l2d if row["setting"].startswith(prefix)]
+        steps = [int(row["setting"].removeprefix(prefix)) for row in chosen]
+        for number, line, color in (("right", "-", "C0"), ("sampled 1", "--", "C1")):
+            how = "greedy" if number == "right" else "sampled"
+            values = np.array([row[number] for row in chosen])               # (settings, 3)
+            bars = abs(values[:, 1:] - values[:, :1]).T
+            axes.errorbar(steps, values[:, 0], bars, fmt=marker + line, color=color, capsize=2, markersize=5,
+                          fillstyle="full" if marker == "o" else "none", label=f"{name}, {how}")
+    for row in of_l2d:
+        if row["setting"] == "T=2":
+            for tau in TEMPERATURES[1:]:
+                axes.plot(2, row[f"sampled {tau:g}"][0], "_", color="C1", markersize=14)
+                axes.annotate(f"{tau:g}", (2, row[f"sampled {tau:g}"][0]), (8, -3), fontsize=8,
+                              textcoords="offset points", color="C1")
+    for row, color in zip([row for row in rows if row["kind"] in CONTROLS], ("C7", "C2", "C3")):
+        for number, line, how in (("right", "-", "greedy"), ("sampled 1", ":", "sampled")):
+            axes.axhline(row[number][0], color=color, ls=line, lw=1, label=f"{KINDS[row['kind']]}, {how}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(STEPS, STEPS)
+    axes.set(xlabel="T (evaluations per token)", ylabel="accuracy of a token, teacher-forced",
+             title="SmolLM2-135M on GSM8K; marks at T = 2: lower temperatures")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    config = configure(Config, argv, __doc__)
+    if config.measure:
+        measure(config)
+        return
+    runs = read_runs(config)
+    rows, means, bootstrap = compare(runs)
+    differences = list_differences(means, bootstrap)
+    print_tables(rows, differences)
+    kept = ("command", "commit", "torch", "machine", "weights_sha256", "training", "val_loss")
+    made = {f"{kind}_s{seed}": {key: record[key] for key in kept}
+            for kind, by_seed in runs.items() for seed, record in by_seed.items()}
+    result = {"split": config.split, "limit": config.limit, "runs": made, "rows": rows,
+              "differences": [{"what": what, "value": value} for what, value in differences]}
+    write_json(f"{config.out}.json", result, levels=2)
+    draw(rows, f"{config.out}.png")
+
+
+if __name__ == "__main__":
+    run(main)
