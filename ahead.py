@@ -1,5 +1,5 @@
 """
-Ahead in time: all evaluations of a token at once. speculate.py uses it, and says why the text does not change.
+Ahead in time: all evaluations of a token at once. speculate.py says why the text does not change.
 
 Algorithm 1 needs x_t before it can evaluate, and x_t needs the guess of the evaluation before. But the guess
 is a token, and it seldom changes from one evaluation to the next. As long as it stays, x_t at every later
@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from adaptive import find_distance
 from diffusion import algorithm_1, choose, find_probability
 from model import Context
 
@@ -151,7 +150,7 @@ class LookAhead:
             self.replayed = guess, replay
         return self.replayed[1]
 
-    # What follows chooses what is computed. fixed_shapes.py has its own list_queries, context and choose_some.
+    # fixed_shapes.py has a list_queries, choose_some and context of its own, which select nothing.
     def list_queries(self, asked, known, W):
         """The queries of a pass: position, evaluation and kind of each, where asked (N, E, G) is True."""
         return asked.nonzero(as_tuple=True)
@@ -217,6 +216,8 @@ class LookAhead:
 
     def stop_settled(self, s):
         """--stop, decided from the trajectory: a position ends at its first evaluation that has settled."""
+        from adaptive import find_distance  # here, since few runs need it
+
         replay = self.replay(s.guess)
         guess = s.guess[:, :, 0]
         end = s.end

@@ -260,7 +260,7 @@ class Tables(dict):
         self.earlier = {}                                         # what speculate.py saw in earlier texts
 
     def at(self, times):
-        """A tuple of M times as a tensor, and their conditions for G groups: L x (M G, 6C) and w_d (M G, C)."""
+        """M times as a tensor, and their conditions for G groups: L x (M G, 6C) and w_d (M G, C)."""
         if times not in self:
             modulations, w_d = zip(*(self[t] for t in times))
             layers = [torch.cat(layer) for layer in zip(*modulations)]

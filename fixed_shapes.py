@@ -5,10 +5,10 @@ A round begins with three numbers a row: its last token, that token's position, 
 The function FixedRounds.first makes of them a draft of K tokens, and the first pass of the path over all B K
 positions. Where guesses changed, FixedRounds.next makes further passes. The host only reads what came out.
 
-    keys, values, noise    lie in a Store, as large as the texts may become. A mask, which is made from the
-                           positions inside of the function, hides what is behind a query.
-    rows                   A text that has ended leaves an idle row behind. When half of the rows are idle, the
-                           others move together into the first half of the Store.
+    keys, values, noise    They lie in a Store, as large as the texts may become. A mask, which is made from
+                           the positions inside of the function, hides what is behind a query.
+    rows                   A text that has ended leaves an idle row behind. When half of the rows are idle,
+                           the others move together into the first half of the Store.
     queries                All positions take part in every pass, with windows of full width. What was not
                            asked for is computed and ignored.
     lengths                Drafts have one of three lengths, windows one of two. What they take is measured.
@@ -33,10 +33,10 @@ STORES = WeakKeyDictionary()        # {model: its Store}. A Store must not hold 
 
 # ------------------------------------------------------------------------------------- what stays where it is
 class Store:
-    """What the rows of a batch keep, at fixed addresses: keys and values, groups, noise. And the graphs on it.
+    """What the rows of a batch keep, at fixed addresses: keys and values, groups, noise. And graphs on it.
 
     sizes: (B, S, M, D, U), the most rows, positions, new tokens, dimensions of the token space and uniform
-    numbers. kv: as from the trunk, tells the other sizes. The room is 0, as what a mask hides must be finite.
+    numbers. kv: from the trunk; it has the other sizes. All begins at 0: what a mask hides must be finite.
     """
     def __init__(self, model, tables, sizes, kv):
         weight = model.trunk.wte.weight
@@ -120,8 +120,7 @@ class FixedRows(Rows):
         numbers = torch.zeros(3, self.B, dtype=torch.long)
         numbers[2] = self.max_new_tokens
         n_new = [out.predicted for out in self.out]
-        numbers[:, self.places] = torch.stack([self.token, torch.tensor([self.positions, n_new])[0],
-                                               torch.tensor(n_new)])
+        numbers[:, self.places] = torch.tensor([self.token.tolist(), self.positions, n_new])
         return numbers.to(self.device)
 
     def room(self):
@@ -249,7 +248,7 @@ class FixedRounds:
         """The Context of all places of a draft, and the row, uniform numbers, noise and group of each."""
         store = self.rows.store
         kv = [(k[:B], v[:B]) for k, v in store.kv]
-        row = torch.arange(B, device=y.device)[:, None].expand(B, K).flatten()
+        row = torch.arange(B, device=y.device).repeat_interleave(K)
         D = self.model.path.config.x_dim
         return Context(h, token, pos, kv), row, store.u[row, n], store.x_0[row, n, :D], store.group[row]
 
@@ -287,7 +286,7 @@ class FixedRounds:
             shape = rows.B, K, W
             numbers = rows.numbers()
             first = time_of(lambda: self.call(self.first, shape, numbers), rows.device)
-            again = first
+            again = 0.0                                           # else first makes all passes
             if self.looks_ahead:
                 inputs = [z.clone() for z in self.call(self.first, shape, numbers)[1:]]
                 again = time_of(lambda: self.call(self.next, shape, *inputs), rows.device)

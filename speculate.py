@@ -26,9 +26,8 @@ from typing import NamedTuple
 import torch
 
 import decode
-from adaptive import denoiser_class
 from ahead import LookAhead, can_look_ahead
-from decode import fit_to_trunk, read_prompts
+from decode import denoiser_class, fit_to_trunk, read_prompts
 from diffusion import Denoiser, Tables, choose
 from model import Context
 from plumbing.costs import choose_sizes, measure_costs
@@ -63,7 +62,7 @@ def in_fixed_shapes(model, config, trace):
 
 
 @torch.no_grad()
-def generate_in_rounds(model, prompts, eot, config, group=None, ids=None, trace=False, tables=None, fixed=False):
+def generate_in_rounds(model, prompts, eot, config, group, ids, trace, tables, fixed):
     """generate_batch in rounds of drafting, refining and accepting. In float32 the texts are the same.
 
     fixed: in fixed shapes, as CUDA graphs need them.
@@ -80,8 +79,8 @@ def generate_in_rounds(model, prompts, eot, config, group=None, ids=None, trace=
     longest = max(1, min(config.draft, config.max_new_tokens))
     widest = min(config.ahead, config.steps - 1) if can_look_ahead(config) else 1
     if fixed:
-        from fixed_shapes import FixedRows, FixedRounds           # here, since few runs need it
-        rows = FixedRows(model, rows, prompts, config)
+        from fixed_shapes import FixedRounds, FixedRows  # here, since few runs need it
+        rows = FixedRows(model, rows, config, tables)
         write_round = FixedRounds(model, rows, eot, config, tables).write
     else:
         write_round = partial(write_a_round, model, rows, eot, config, tables, trace)
@@ -192,8 +191,8 @@ def accept(rows, grid, n_passes, traces, eot):
     """Add to each row its refined tokens, up to the first that differs from the draft.
 
     grid: (6, B, K), for each place of the draft whether it is valid, the drafted token, the refined one, path
-    calls of Algorithm 1, those that were computed, and changes of its guess. n_passes: of the path. traces: of
-    the valid places, row by row, or None.
+    calls of Algorithm 1, those that were computed, and changes of its guess. n_passes: of the path. traces:
+    of the valid places, row by row, or None.
     """
     valid, drafted, refined, nfe, computed, changes = grid.tolist()   # one transfer from the device
     start = 0                                                     # of the row among the valid places

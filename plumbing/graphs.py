@@ -2,11 +2,11 @@
 CUDA graphs: the kernels of a function are recorded once, and then started together.
 
 On a GPU a small model waits for its host, which takes 5 to 20 microseconds to start a kernel. A graph starts
-hundreds of them at once. It does exactly what was recorded, on the same addresses. So a function that is to be
-recorded
+hundreds of them at once. It does exactly what was recorded, on the same addresses. So a function that is to
+be recorded
     takes tensors and returns a tuple of tensors, whose shapes follow from those that it takes;
-    reads nothing else but constants, which must stay where they are: weights, tables, and the cache, into which
-    it may write;
+    reads nothing else but constants, which must stay where they are: weights, tables, and the cache, into
+    which it may write;
     reads no number back to the host, and makes no tensor from the host's numbers;
     may run twice with the same inputs, since a first run warms up.
 tests/test_graphs.py has a class in place of Graphs that checks all of this on a CPU.
@@ -19,10 +19,10 @@ from configurator import first_line
 
 
 class Graphs:
-    """Calls functions of tensors. On a GPU it records each once for every key and shape, and then replays it.
+    """Calls functions of tensors. On a GPU it records each for every key and shape once, then replays it.
 
-    All graphs share their memory. So what a call returns is only valid until the next call, as whose inputs it
-    may be given.
+    All graphs share their memory. So what a call returns is only valid until the next call. That one may still
+    be given it as inputs.
     """
     def __init__(self, device):
         self.enabled = device.type == "cuda"                      # on a CPU functions are just called
