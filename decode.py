@@ -198,6 +198,11 @@ class Rows:
         return kv, (torch.arange(S, device=pos.device) <= pos[:, :, None])[:, None]
 
 
+def count_from(first, K, device):
+    """(B, K): first[i], first[i] + 1, ... in row i."""
+    return torch.tensor(first, device=device)[:, None] + torch.arange(K, device=device)
+
+
 def read_prompts(model, prompts, config, group, ids):
     """Run the trunk over the prompts. Returns the Rows before their first new token.
 

@@ -27,7 +27,7 @@ import torch
 
 import decode
 from ahead import LookAhead, can_look_ahead
-from decode import denoiser_class, fit_to_trunk, read_prompts
+from decode import count_from, denoiser_class, fit_to_trunk, read_prompts
 from diffusion import Denoiser, Tables, choose
 from model import Context
 from plumbing.costs import choose_sizes, measure_costs
@@ -114,11 +114,6 @@ class Draft(NamedTuple):
     pos: torch.Tensor               # (B, K) its position
     n: torch.Tensor                 # (B, K) the index of y among the new tokens of its row
     valid: torch.Tensor             # (B, K) False behind a drafted end of text, and beyond max_new_tokens
-
-
-def count_from(first, K, device):
-    """(B, K): first[i], first[i] + 1, ... in row i."""
-    return torch.tensor(first, device=device)[:, None] + torch.arange(K, device=device)
 
 
 def write_draft(model, rows, K, eot, config):

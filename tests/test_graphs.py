@@ -1,6 +1,6 @@
 """fixed_shapes.py against plain decoding, with a tape in place of CUDA graphs that does what a graph would do.
 
-What no test here can show is the capture itself; tests/test_gpu.py does.
+What no test here can show is the recording itself.
 """
 import dataclasses
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import decode
 import fixed_shapes
-import speculate
+from bench.decoding import write
 from decode import DecodingConfig
 from fixed_shapes import STORES, FixedRounds, FixedRows, round_up
 from plumbing.costs import choose_shape
@@ -428,6 +428,18 @@ def test_what_is_measured_decides_the_shape():
     assert choose(dear, rejected=500, changes=8000)[1] == 4       # arithmetic binds, and guesses change
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_bench_changes_the_same_tokens_in_fixed_shapes(steps):
+    pair = wild_pair(path_init="paper")
+    for p in pair.path.w.parameters():
+        p.data.zero_()                                            # the trunk's tokens at every T
+    texts = []
+    for graphs in ("off", "on"):
+        config = DecodingConfig(steps=steps, max_new_tokens=10, draft=4, graphs=graphs)
+        texts.append([o.tokens for o in write(pair, PROMPTS, 5, -1, config, acceptance=0.7)])
+    assert texts[0] == texts[1] != [o.tokens for o in write(pair, PROMPTS, 5, -1, config)]
+
+
 def test_the_cache_of_a_batch_is_made_once_where_that_is_asked_for(model):
     cache = decode.Cache([(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))], 20)
     first = cache.first(4)[0][0].data_ptr()
@@ -441,4 +453,3 @@ def test_speculate_decides(model):
     for more, fixed in ((dict(solver="adaptive"), False), (dict(stop=0.3), True), (dict(stop=0.3, ahead=0), False),
                         (dict(guess="mean"), True), (dict(ahead=0), True), (dict(steps=1), True)):
         assert in_fixed_shapes(model, dataclasses.replace(on, **more), False) == fixed, more
-    assert speculate.generate is generate
