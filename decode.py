@@ -24,8 +24,7 @@ class DecodingConfig(SamplerConfig):  # `--help` prints the comments of this cla
     draft: int = 16                 # most tokens that the trunk drafts at once; 0: none
     ahead: int = 1000               # most evaluations of a token in one pass; 0: no such speculation
     seed: int = 0
-    graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs; auto: on a GPU. Not for solver=adaptive, a
-                                    # trace, guess=mean with stop. On a CPU, on: their fixed shapes, for tests
+    graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs. auto: on a GPU, but for adaptive and traces
 
     def __post_init__(self):
         super().__post_init__()

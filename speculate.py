@@ -51,9 +51,10 @@ def generate(model, prompts, eot, config, group=None, ids=None, trace=False, tab
 
 
 def in_fixed_shapes(model, config, trace):
-    """Whether --graphs asks for fixed shapes, and they can do it (fixed_shapes.py).
+    """Whether --graphs asks for the fixed shapes of CUDA graphs, and they can do it (fixed_shapes.py).
 
-    They cannot where numbers are read back between evaluations: for a trace, and in AdaptiveDenoiser.
+    They cannot where numbers are read back between evaluations: for a trace, with the adaptive solver, and
+    with --stop where no evaluations are looked ahead. On a CPU --graphs=on gives the shapes without a graph.
     """
     on_gpu = model.trunk.wte.weight.device.type == "cuda"
     wanted = config.graphs == "on" or config.graphs == "auto" and on_gpu

@@ -21,8 +21,8 @@ from configurator import first_line
 class Graphs:
     """Calls functions of tensors. On a GPU it records each for every key and shape once, then replays it.
 
-    All graphs share their memory. So what a call returns is only valid until the next call. That one may still
-    be given it as inputs.
+    All graphs share their memory. So what a call returns is valid only until the next call, which may still
+    take it as inputs.
     """
     def __init__(self, device):
         self.enabled = device.type == "cuda"                      # on a CPU functions are just called
