@@ -2,8 +2,8 @@
 The rounds of speculate.py in fixed shapes, which a GPU can replay as CUDA graphs (plumbing/graphs.py).
 
 A round begins with three numbers a row: its last token, that token's position, and how many tokens are new.
-The function FixedRounds.first makes of them a draft of K tokens, and the first pass of the path over all B K
-positions. Where guesses changed, FixedRounds.next makes further passes. The host only reads what came out.
+The function FixedRounds.begin makes of them a draft of K tokens, and the first pass of the path over all B K
+positions. Where guesses changed, FixedRounds.go_on makes a further pass. The host only reads what came out.
 
     keys, values, noise    They lie in a Store, as large as the texts may become. A mask, which is made from
                            the positions inside of the function, hides what is behind a query.
@@ -148,7 +148,7 @@ class FixedLookAhead(LookAhead):
 
 
 class FixedRounds:
-    """Writes the rounds of a batch. first and next are the functions that a GPU replays.
+    """Writes the rounds of a batch. begin and go_on are the functions that a GPU replays.
 
     shape: (B, K, W), rows, draft length and window. Arguments as in speculate.py.
     """
@@ -161,14 +161,14 @@ class FixedRounds:
         self.looks_ahead = config.steps > 1 and can_look_ahead(config)
 
     def write(self, earlier, longest, widest):
-        """Write a round. Returns what speculate.accept needs."""
+        """Write a round. Returns what speculate.accept needs: the grid, n_passes, and no traces."""
         shape = self.choose_shape(earlier, longest, widest)
         B, K, W = shape
-        grid, *kept = self.call(self.first, shape, self.rows.numbers())
+        grid, *kept = self.call(self.begin, shape, self.rows.numbers())
         n_passes = 1
         grid = grid.cpu()
         while grid[6].any():                                      # some position is still active
-            grid, *kept = self.call(self.next, shape, *kept)
+            grid, *kept = self.call(self.go_on, shape, *kept)
             n_passes += 1
             grid = grid.cpu()
         if not self.looks_ahead:
@@ -177,13 +177,17 @@ class FixedRounds:
 
     def call(self, function, shape, *inputs):
         key = function.__name__, self.config, self.eot, shape
-        return self.rows.store.graphs(key, partial(function, shape), *inputs)
+        try:
+            return self.rows.store.graphs(key, partial(function, shape), *inputs)
+        except torch.cuda.OutOfMemoryError:                       # make room: fewer rows may do
+            STORES.pop(self.model, None)
+            raise
 
-    def first(self, shape, numbers):
+    def begin(self, shape, numbers):
         """A draft, and the first pass of the path. numbers: from FixedRows.numbers.
 
-        Returns the grid (7, N), with what speculate.accept needs and at last what is active. For next it also
-        returns the tensors of the draft and of the State.
+        Returns the grid (7, N), with what speculate.accept needs and at last what is active; and, for go_on,
+        the tensors of the draft and of the State.
         """
         B, K, W = shape
         logits, *draft = self.write_draft(B, K, numbers)
@@ -192,23 +196,24 @@ class FixedRounds:
         if self.config.steps == 1:
             return (torch.stack([valid, y, y, zero, zero, zero, zero]),)
         if self.looks_ahead:
-            f = self.look_ahead(B, K, *draft)
+            f = self.make_look_ahead(B, K, *draft)
             s = f.start(logits)._replace(done=valid == 0, active=valid == 1)
             return self.pass_on(f, f.advance(s, W), draft)
-        c, row, u, x_0, group = self.positions(B, K, *draft)
-        c = c._replace(mask=self.mask(c.pos.view(B, K)))
+        c, row, u, x_0, group = self.gather_places(B, K, *draft)
+        c = c._replace(mask=self.make_mask(c.pos.view(B, K)))
         f = Denoiser(self.model, self.config, self.tables, c, group, x_0, u, logits)
         refined = choose(f.predict(), u[:, 0], self.config.temperature, self.config.top_k)
         return (torch.stack([valid, y, refined, f.nfe, f.nfe * valid, zero, zero]),)
 
-    def next(self, shape, *tensors):
-        """A further pass of the path, from what first or next has returned to what it returns."""
+    def go_on(self, shape, *tensors):
+        """A further pass of the path, from what begin or go_on has returned to what it returns."""
         B, K, W = shape
         draft = tensors[:6]
-        f = self.look_ahead(B, K, *draft)
+        f = self.make_look_ahead(B, K, *draft)
         return self.pass_on(f, f.advance(State(*tensors[6:]), W), draft)
 
     def pass_on(self, f, s, draft):
+        """What begin and go_on return, from a FixedLookAhead, its State and the draft."""
         y, _, _, _, _, valid = draft
         grid = torch.stack([valid, y, s.y, f.path_calls(s), s.computed, f.changes(s), s.active.long()])
         return grid, *draft, *s
@@ -229,7 +234,7 @@ class FixedRounds:
         columns = []
         for j in range(K):
             at = pos[:, j:j + 1]
-            h, _ = trunk(token[:, None], at, kv, self.mask(at))
+            h, _ = trunk(token[:, None], at, kv, self.make_mask(at))
             logits = trunk.head(h[:, 0]).float()
             y = choose(logits, u[:, j], config.temperature, config.top_k)
             columns.append((logits, y, token, h[:, 0]))
@@ -239,12 +244,12 @@ class FixedRounds:
         valid = ~beyond & (ends.cumsum(1) == ends)                # the first end of text, or before it
         return [z.flatten(0, 1) for z in (logits, y, token, h, pos, n, valid.long())]
 
-    def mask(self, pos):
+    def make_mask(self, pos):
         """(B, 1, Q, S): each query sees the keys up to its own position, pos (B, Q)."""
         S = torch.arange(self.rows.store.sizes[1], device=pos.device)
         return (S <= pos[:, :, None])[:, None]
 
-    def positions(self, B, K, y, token, h, pos, n, valid):
+    def gather_places(self, B, K, y, token, h, pos, n, valid):
         """The Context of all places of a draft, and the row, uniform numbers, noise and group of each."""
         store = self.rows.store
         kv = [(k[:B], v[:B]) for k, v in store.kv]
@@ -252,8 +257,9 @@ class FixedRounds:
         D = self.model.path.config.x_dim
         return Context(h, token, pos, kv), row, store.u[row, n], store.x_0[row, n, :D], store.group[row]
 
-    def look_ahead(self, B, K, y, *draft):
-        c, row, u, x_0, group = self.positions(B, K, y, *draft)
+    def make_look_ahead(self, B, K, y, *draft):
+        """The FixedLookAhead of a draft."""
+        c, row, u, x_0, group = self.gather_places(B, K, y, *draft)
         return FixedLookAhead(self.model, self.config, self.tables, c, row, group, x_0, u, y)
 
     # ------------------------------------------------------------------------------------ choosing a shape
@@ -274,9 +280,9 @@ class FixedRounds:
         return rows.B, *choose_shape(rows.out, earlier, self.config, seconds)
 
     def measure(self, K, W):
-        """Seconds of first and of next in this shape. Measured once for numbers of rows that are similar.
+        """Seconds of begin and of go_on in this shape. Measured once for numbers of rows that are similar.
 
-        It changes nothing: first writes keys and values behind the last token, where the next round does so.
+        It changes nothing: begin writes keys and values behind the last token, where the next round does so.
         """
         rows = self.rows
         similar = (rows.B - 1).bit_length() // 3
@@ -285,10 +291,10 @@ class FixedRounds:
         if key not in seconds:
             shape = rows.B, K, W
             numbers = rows.numbers()
-            first = time_of(lambda: self.call(self.first, shape, numbers), rows.device)
-            again = 0.0                                           # else first makes all passes
+            first = time_of(lambda: self.call(self.begin, shape, numbers), rows.device)
+            again = 0.0                                           # else begin makes all passes
             if self.looks_ahead:
-                inputs = [z.clone() for z in self.call(self.first, shape, numbers)[1:]]
-                again = time_of(lambda: self.call(self.next, shape, *inputs), rows.device)
+                inputs = [z.clone() for z in self.call(self.begin, shape, numbers)[1:]]
+                again = time_of(lambda: self.call(self.go_on, shape, *inputs), rows.device)
             seconds[key] = first, again
         return seconds[key]

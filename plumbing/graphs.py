@@ -37,6 +37,8 @@ class Graphs:
         if key not in self.graphs:
             try:
                 self.graphs[key] = self.record(function, inputs)
+            except torch.cuda.OutOfMemoryError:                   # for the caller: fewer rows may do
+                raise
             except RuntimeError as e:
                 print(f"note: a CUDA graph cannot be recorded here ({first_line(e)}): going on without",
                       file=sys.stderr)

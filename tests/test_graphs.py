@@ -5,6 +5,7 @@ What no test here can show is the recording itself.
 import dataclasses
 from contextlib import contextmanager
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,10 +323,10 @@ def not_copied(monkeypatch):
 
 def from_outside(monkeypatch):
     """The function reads the rows' tokens, not its input."""
-    first = FixedRounds.first
+    begin = FixedRounds.begin
     def wrong(self, shape, numbers):
-        return first(self, shape, self.rows.numbers())
-    monkeypatch.setattr(FixedRounds, "first", wrong)
+        return begin(self, shape, self.rows.numbers())
+    monkeypatch.setattr(FixedRounds, "begin", wrong)
 
 
 def read_back(monkeypatch):
@@ -370,7 +371,7 @@ def stay_behind(name):
 
 
 def no_mask(monkeypatch):
-    monkeypatch.setattr(FixedRounds, "mask", lambda self, pos: torch.ones(
+    monkeypatch.setattr(FixedRounds, "make_mask", lambda self, pos: torch.ones(
         len(pos), 1, pos.size(1), self.rows.store.sizes[1], dtype=torch.bool))
 
 
@@ -413,6 +414,56 @@ def test_where_recording_fails_one_line_says_so_and_decoding_goes_on(model, monk
     STORES.pop(model, None)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "no graph today" in lines[0]
+
+
+class Anything(set):
+    def __contains__(self, x):
+        return True
+
+
+def test_graphs_records_once_and_copies_inputs(model, monkeypatch):
+    """Graphs itself, with a tape for what torch.cuda.graph records."""
+    events = []
+
+    class FakeGraph:
+        def replay(self):
+            events.append("replay")
+            self.tape.poison()
+            self.tape.replay()
+
+    @contextmanager
+    def record(graph, pool):
+        assert pool == "pool" and events[-1] == "side stream"
+        events.append("record")
+        graph.tape = Tape([])
+        graph.tape.known = Anything()
+        with graph.tape:
+            yield
+        graph.tape.poison()                                       # recording computes nothing
+
+    @contextmanager
+    def stream(side):
+        events.append("side stream")
+        yield
+    one = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in dict(graph_pool_handle=lambda: "pool", Stream=lambda: one, current_stream=lambda: one, stream=stream,
+                           CUDAGraph=FakeGraph, graph=record).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(fixed_shapes, "Graphs", lambda device: Graphs(torch.device("cuda")))
+    STORES.pop(model, None)
+    config = DecodingConfig(steps=5, max_new_tokens=9, draft=4, graphs="on")
+    for _ in range(2):
+        same(generate(model, PROMPTS, EOT, config, GROUPS), each_alone(model, PROMPTS, EOT, config, GROUPS))
+    assert 2 < len(STORES.pop(model).graphs.graphs) < events.count("record") < events.count("replay")
+
+
+def test_out_of_memory_makes_room_and_is_told(model, monkeypatch):
+    def fails(self, shape, numbers):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(FixedRounds, "begin", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, PROMPTS, EOT, DecodingConfig(steps=3, graphs="on"))
+    assert model not in STORES
 
 
 def test_what_is_measured_decides_the_shape():
