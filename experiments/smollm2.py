@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 from bench.compact_json import write_json
 from configurator import at_least, configure, require, run
-from decode import predict_given
-from diffusion import SamplerConfig
+from diffusion import Denoiser, SamplerConfig, Tables
 from evaluate import judge
 from plumbing.dataset import load_batch
 from plumbing.provenance import provenance, pyplot
@@ -75,13 +74,28 @@ def list_settings(checkpoint, has_path, shots):
     return settings
 
 
-def sum_by_problem(values, rows, n_rows):
-    """Add up values (N,) of targets, each in one of the rows (N,): a list of n_rows numbers."""
-    return torch.zeros(n_rows, dtype=torch.float64).index_add_(0, rows, values.double()).tolist()
+def predict(model, tables, c, group, sampler, seed):
+    """The logits (N, V_size) of Algorithm 1 at the N positions of c. The same seed gives the same noise."""
+    N = len(c.pos)
+    x_0 = None
+    if sampler.steps > 1:
+        generator = torch.Generator(c.h.device).manual_seed(seed)
+        path_config = model.path.config
+        x_0 = path_config.sigma * torch.randn(N, path_config.x_dim, generator=generator, device=c.h.device)
+    return Denoiser(model, sampler, tables, c, group, x_0).predict().float()
 
 
+def judge_at_temperatures(logits, y):
+    """As judge without p(y), and p(y) at each of TEMPERATURES: (3 + 4, N)."""
+    right, nll, _, entropy = judge(logits, y)
+    logit = logits.gather(1, y[:, None])[:, 0]
+    sampled = [(logit / tau - (logits / tau).logsumexp(-1)).exp().cpu() for tau in TEMPERATURES]
+    return torch.stack([right, nll, entropy, *sampled])
+
+
+@torch.no_grad()
 def measure(config):
-    """Write the sums over the targets of each problem, for each setting, to measured.json of a run."""
+    """Write the sums over the targets of each problem, for each setting, to measured_SPLIT.json of a run."""
     model, encoding, checkpoint = load(config.measure, "best", config.device, config.dtype)
     device = model.trunk.wte.weight.device
     data_dir = checkpoint["config"]["data_dir"]
@@ -93,24 +107,25 @@ def measure(config):
     longest = int(np.diff(data.offsets).max()) - 1
     require(longest <= model.trunk.config.block_size, f"a problem of {config.split} has {longest} tokens, "
             f"which is beyond the trunk's {model.trunk.config.block_size} positions; use fewer shots")
-    names = ["n", "right", "nll", "entropy", *(f"sampled {tau:g}" for tau in TEMPERATURES)]
-    found = {}
     settings = list_settings(checkpoint, model.path is not None, config.shots)
-    starts = range(0, len(problems), ROWS)
-    for setting, sampler in settings.items():
-        sums = {name: [] for name in names}
-        for start in tqdm(starts, desc=setting, disable=not sys.stderr.isatty()):
-            ids = range(start, min(start + ROWS, len(problems)))
-            idx, at, y, _ = load_batch(data, ids, device)
-            generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + start)
-            logits = predict_given(model, idx, at, sampler, generator)[0].float()
-            right, nll, _, entropy = judge(logits, y)
-            sampled = [judge(logits / tau, y)[2] for tau in TEMPERATURES]
-            for name, values in zip(names, [torch.ones_like(right), right, nll, entropy, *sampled]):
-                sums[name] += sum_by_problem(values, at[0].cpu(), len(ids))
-        found[setting] = sums
-        print(setting, " ".join(f"{name} {sum(sums[name]) / sum(sums['n']):.4f}" for name in names[1:]),
-              flush=True)
+    tables = Tables(model) if model.path is not None else None
+    names = ["n", "right", "nll", "entropy", *(f"sampled {tau:g}" for tau in TEMPERATURES)]
+    found = {setting: {name: [] for name in names} for setting in settings}
+    for start in tqdm(range(0, len(problems), ROWS), disable=not sys.stderr.isatty()):
+        ids = range(start, min(start + ROWS, len(problems)))
+        idx, at, y, _ = load_batch(data, ids, device)
+        c = model.read_context(idx, at)
+        group = torch.full_like(y, model.no_group)
+        for setting, sampler in settings.items():
+            logits = predict(model, tables, c, group, sampler, config.seed * 1_000_003 + start)
+            values = torch.cat([torch.ones(1, len(y)), judge_at_temperatures(logits, y)]).double()
+            sums = torch.zeros(len(names), len(ids), dtype=torch.float64).index_add_(1, at[0].cpu(), values)
+            for name, of_problems in zip(names, sums.tolist()):
+                found[setting][name] += of_problems
+        print(f"{ids.stop} of {len(problems)} problems", flush=True)
+    for setting, sums in found.items():
+        means = [f"{name} {sum(sums[name]) / sum(sums['n']):.4f}" for name in names[1:]]
+        print(setting, *means)
     name = f"measured_{config.split}" + (f"_{config.shots}shots" if config.shots else "")
     record = {"split": config.split, "limit": config.limit, "shots": config.shots, "seed": config.seed,
               "training": checkpoint["config"], "weights_sha256": checkpoint["sha256"],

@@ -2,7 +2,7 @@
 # SmolLM2-135M on GSM8K: the runs behind docs/results/15_real_language_model.md. Finished runs are kept, and
 # interrupted ones go on. Data and runs go to out/smollm2, or to the folder SMOLLM2. Everything, in order:
 #     bash experiments/smollm2.sh
-# One part (data, a run of the list below, measure, exact), to run several side by side:
+# One part of it, to run several side by side (the parts are listed in the function part below):
 #     bash experiments/smollm2.sh l2d 0
 # Only print the commands:
 #     LIST=1 bash experiments/smollm2.sh
@@ -12,7 +12,8 @@
 #   CPU       120 steps of 8   the first 64 problems      the first 64 problems
 #   GPU       660 steps of 32  all 1,319 problems         all 1,319 problems
 # Learning rates are those that an earlier prototype chose by validation loss (docs/results/15): L2D and LoRA
-# 6e-4, full finetuning 3e-4, at batches of 32. sigma is 16 on both, so that x_t is read after few examples; the default is 64.
+# 6e-4, full finetuning 3e-4, at batches of 32. sigma is 16 on both, so that x_t is read after few examples; the
+# default is 64.
 #
 # On a CPU this needs bfloat16 in hardware (avx512_bf16 or AMX) to be bearable: one run takes half an hour of one
 # core of an AMD EPYC. The trunk comes from the hub, or from a file, which the variable TRUNK names:
@@ -23,12 +24,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 root=${SMOLLM2:-out/smollm2}
 trunk=${TRUNK:-SmolLM2-135M-Instruct}
-# glibc gives large blocks back to the system after each use; keeping them saves a fifth of a step on a CPU
-export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+# glibc gives blocks back to the system after each use. Keeping all but the largest saves a fifth of a step on a
+# CPU; keeping those of more than 32 MB, too, took 12 GB a run.
+export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=67108864
 
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     size="--batch_size=32 --max_iters=660 --warmup_iters=50 --eval_interval=110 --eval_examples=500"
-    few=""
+    few="--limit=0"
 else
     size="--batch_size=8 --max_iters=120 --warmup_iters=15 --eval_interval=120 --eval_examples=32"
     size+=" --gradient_accumulation_steps=2"    # for memory
@@ -36,8 +38,7 @@ else
 fi
 
 run() {
-    echo "== $*"
-    [ -n "${LIST:-}" ] || "$@"
+    if [ -n "${LIST:-}" ]; then echo "$*"; else echo "== $*"; "$@"; fi
 }
 train() {   # train NAME SEED OPTIONS...
     local out="$root/$1_s$2" go_on=""
@@ -57,11 +58,24 @@ part() {
     lora_path)  train lora_path "$2" --path_mode=lora --learning_rate=6e-4 --sigma=16 ;;
     paper)      train paper "$2" --path_mode=full --learning_rate=6e-4 --sigma=16 \
                     --path_init=paper --input_scale=unit --time_scale=1 ;;
+    # "measure NAME SEED", or "measure NAME SEED --shots=5" for the trunk below it, after five examples
+    measure)    run python experiments/smollm2.py --measure="$root/$2_s$3" $few "${@:4}" ;;
+    # answers that the model writes, greedy and at temperature 1
+    exact)      for temperature in 0 1; do
+                    run python evaluate.py --out_dir="$root/$2_s$3" --split=test --steps="$4" --dtype=bfloat16 \
+                        --temperature=$temperature --mistakes=0 $few
+                done ;;
+    compare)    run python experiments/smollm2.py --root="$root" $few ;;
     unroll)     train unroll "$2" --path_mode=full --learning_rate=6e-4 --sigma=16 --unroll=4 ;;
     esac
 }
 
 if [ $# -gt 0 ]; then part "$@"; exit; fi
 part data
-for seed in 0 1 2; do part l2d $seed; part full $seed; part lora $seed; done
-part lora_path 0; part paper 0; part unroll 0
+for seed in 0 1 2; do
+    for name in l2d full lora; do part $name $seed; part measure $name $seed; done
+done
+for name in lora_path paper unroll; do part $name 0; part measure $name 0; done
+part measure l2d 0 --shots=5
+for seed in 0 1 2; do part exact l2d $seed 1,2,16; part exact full $seed 1; part exact lora $seed 1; done
+part compare

@@ -13,9 +13,7 @@ COSTS = WeakKeyDictionary()         # {model: {B: what measure_costs found}}
 
 def measure_costs(model, rows):
     """What calls take here, in seconds: of a trunk pass over B rows, [(queries, seconds) of path calls], and
-    of a small operation on the device.
-
-    Measured once for each model and (rounded) number of rows, when decoding starts.
+    of a small operation. Measured once for each model and (rounded) B, when decoding starts.
     """
     B = len(rows.out)
     known = COSTS.setdefault(model, {})
