@@ -6,7 +6,7 @@ that serves several positions takes hardly longer. So we assume what will be nee
 pass, check the assumptions, and throw away what was assumed wrongly.
 
 **Ahead in time.** All evaluations of a token are made at once, on the assumption that its guess stays. See
-ahead.py.
+fast/ahead.py.
 
 **Ahead in the text: drafts.** One round goes so:
     draft    The trunk writes K tokens by plain decoding (T = 1), one after the other.
@@ -26,9 +26,9 @@ from typing import NamedTuple
 import torch
 
 import decode
-from ahead import LookAhead, can_look_ahead
 from decode import count_from, denoiser_class, fit_to_trunk, read_prompts
 from diffusion import Denoiser, Tables, choose
+from fast.ahead import LookAhead, can_look_ahead
 from model import Context
 from plumbing.costs import choose_sizes, measure_costs
 
@@ -51,7 +51,7 @@ def generate(model, prompts, eot, config, group=None, ids=None, trace=False, tab
 
 
 def in_fixed_shapes(model, config, trace):
-    """Whether --graphs asks for the fixed shapes of CUDA graphs, and they can do it (fixed_shapes.py).
+    """Whether --graphs asks for the fixed shapes of CUDA graphs, and they can do it (fast/fixed_shapes.py).
 
     They cannot where numbers are read back between evaluations: for a trace, with the adaptive solver, and
     with --stop where no evaluations are looked ahead. On a CPU --graphs=on gives the shapes without a graph.
@@ -80,7 +80,7 @@ def generate_in_rounds(model, prompts, eot, config, group, ids, trace, tables, f
     longest = max(1, min(config.draft, config.max_new_tokens))
     widest = min(config.ahead, config.steps - 1) if can_look_ahead(config) else 1
     if fixed:
-        from fixed_shapes import FixedRounds, FixedRows  # here, since few runs need it
+        from fast.fixed_shapes import FixedRounds, FixedRows  # here, since few runs need it
         rows = FixedRows(model, rows, config, tables)
         write_round = FixedRounds(model, rows, eot, config, tables).write
     else:

@@ -12,13 +12,13 @@ import torch
 import decode
 import diffusion
 import speculate
-from ahead import LookAhead
 from bench.baseline import make_baseline
 from bench.costs import count_parameters, count_pass, count_passes, least_seconds
 from bench.models import SIZES, random_pair
 from bench.timing import best_speeds, make_probes, print_table, spread, time_by_turns
 from decode import DecodingConfig
 from diffusion import Tables
+from fast.ahead import LookAhead
 from model import L2D, PathConfig
 from plumbing.dataset import load_split
 from plumbing.packed import pack

@@ -1,4 +1,4 @@
-"""fixed_shapes.py against plain decoding, with a tape in place of CUDA graphs that does what a graph would do.
+"""fast/fixed_shapes.py against plain decoding, with a tape in place of CUDA graphs that does what a graph would do.
 
 What no test here can show is the recording itself.
 """
@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import decode
-import fixed_shapes
 from bench.decoding import write
 from decode import DecodingConfig
-from fixed_shapes import STORES, FixedRounds, FixedRows, round_up
+from fast import fixed_shapes
+from fast.fixed_shapes import STORES, FixedRounds, FixedRows, round_up
 from plumbing.costs import choose_shape
 from plumbing.graphs import Graphs
 from speculate import generate, in_fixed_shapes

@@ -19,9 +19,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ahead import LookAhead, State, can_look_ahead
 from decode import Rows
 from diffusion import Denoiser, choose
+from fast.ahead import LookAhead, State, can_look_ahead
 from model import Context
 from plumbing.costs import choose_shape, time_of
 from plumbing.graphs import Graphs
