@@ -60,8 +60,8 @@ def nll(model, idx, at, y, group, t, x_0):
     c = model.read_context(idx, at)                               # one pass of the trunk
     x_1 = model.embed(y)                                          # (N, D), Eq. 5
     x_t = noise(x_1, x_0, t)                                      # (N, D), Eq. 1
-    logits = model(x_t, t, c, group[at[0]])                       # (N, V_size), Eq. 6
-    return F.cross_entropy(logits.float(), y, reduction="none")
+    h = model.merge(x_t, t, c, group[at[0]])                      # (N, C), Eq. 6
+    return model.trunk.cross_entropy(h, y)
 
 
 def unrolled_nll(model, idx, at, y, group, x_0, steps):
@@ -78,8 +78,7 @@ def unrolled_nll(model, idx, at, y, group, x_0, steps):
 
 def trunk_nll(model, idx, at, y):
     """The loss of the trunk alone, at the same targets: (N,)."""
-    logits = model.trunk.head(model.read_context(idx, at).h)
-    return F.cross_entropy(logits.float(), y, reduction="none")
+    return model.trunk.cross_entropy(model.read_context(idx, at).h, y)
 
 
 # --------------------------------------------------------------------------------------------- solvers

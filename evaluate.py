@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from configurator import at_least, configure, require, run, without_effect
 from decode import DecodingConfig, fit_to_trunk, predict_given
 from diffusion import Tables
+from plumbing.batches import choose_batch
 from plumbing.dataset import Split, load_batch, load_manifest
 from plumbing.device import pick_device
 from plumbing.files import write_file
@@ -71,7 +72,7 @@ class Config(DecodingConfig):       # `--help` prints the comments of this class
     votes: int = 1                  # answers sampled per problem; the most frequent one counts
     samples: int = 1                # answers sampled per problem; each counts: pass@1 to pass@samples
     run_code: bool = False          # run the code that the model writes, where scoring needs it, in a sandbox
-    batch_size: int = 64            # texts written side by side; changes no answer in float32 on a CPU
+    batch_size: int = 0             # texts written side by side; 0: 64, or as many as fit on a GPU
     exact_match: bool = True        # write answers and score them; False: teacher-forced numbers only
     # what to show
     mistakes: int = 3               # wrong answers to print
@@ -88,7 +89,7 @@ class Config(DecodingConfig):       # `--help` prints the comments of this class
     }
 
     def __post_init__(self):
-        at_least(self, limit=0, shots=0, mistakes=0, votes=1, samples=1, batch_size=1)
+        at_least(self, limit=0, shots=0, mistakes=0, votes=1, samples=1, batch_size=0)
         k = max(self.votes, self.samples)
         n_steps = len(list_decodings(self))                              # refuses what a sampler refuses
         require(min(self.votes, self.samples) == 1,
@@ -132,6 +133,7 @@ class Exam:
     groups: list                    # the guidance group of each problem, a number
     n_all: int                      # problems of the split, of which these are the first
     depends: dict                   # all that a text depends on, beside T and the problem's number
+    batch_size: int                 # texts written side by side; halved where memory runs out
 
     def __post_init__(self):
         self.n = len(self.problems)
@@ -139,6 +141,12 @@ class Exam:
         self.block_size = self.model.trunk.config.block_size
         self.subjects = [problem.subject or problem.task for problem in self.problems]
         self.tables = Tables(self.model) if self.model.path is not None else None
+
+    def halve(self, n):
+        """Go on with half as many texts side by side, after n were too many for the memory."""
+        self.batch_size = n // 2
+        torch.cuda.empty_cache()                                         # does nothing without a GPU
+        print(f"note: out of memory with {n} texts side by side: going on with {self.batch_size}", flush=True)
 
     def sum(self, tensor):
         """Return the sum of a tensor over all ranks, on the CPU."""
@@ -166,8 +174,10 @@ def set_up(config, ranks, model, encoding, checkpoint):
     examples = [encode_problem(encoding, problem) for problem in asked]
     data = make_split(examples, [0] * len(asked), encoding.n_vocab)      # the groups are in Exam.groups
     prompts = [prompt for prompt, _ in examples]
+    most_steps = max(decodings, key=lambda decoding: decoding.steps)
+    batch_size = config.batch_size or choose_batch(model, most_steps, max(map(len, prompts)), ranks.say)
     return Exam(config, ranks, pack(model), encoding, decodings, asked, prompts, data, groups[:len(asked)],
-                len(problems), depends)
+                len(problems), depends, batch_size)
 
 
 def check_data(config, data_dir, manifest, checkpoint):
@@ -322,12 +332,20 @@ def write_texts(exam, decoding, ids):
     k = max(config.votes, config.samples)
     written = {i: [] for i in ids}                                       # i: the Continuations
     wanted = [(i, i * k + j) for i in ids if len(exam.prompts[i]) <= exam.block_size for j in range(k)]
-    for start in range(0, len(wanted), config.batch_size):
-        batch, text_ids = zip(*wanted[start:start + config.batch_size])  # each sample has its own noise
+    while wanted:
+        batch, text_ids = zip(*wanted[:exam.batch_size])                 # each sample has its own noise
         prompts = [exam.prompts[i] for i in batch]
         groups = [exam.groups[i] for i in batch]
-        outputs = generate(exam.model, prompts, exam.encoding.eot_token, decoding, groups, text_ids,
-                           tables=exam.tables)
+        try:
+            outputs = generate(exam.model, prompts, exam.encoding.eot_token, decoding, groups, text_ids,
+                               tables=exam.tables)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            outputs = []
+        if not outputs:                                                  # the error no longer holds memory
+            exam.halve(len(batch))
+        wanted = wanted[len(outputs):]
         for i, output in zip(batch, outputs):
             written[i].append(output)
     seconds = (time.time() - began) / len(ids)

@@ -29,16 +29,7 @@ Shapes and symbols, here and in diffusion.py:
     kv          a list of L tuples (k, v), each (B, H, S, C/H): the trunk's keys and values
     c           a Context, the c of the paper's f(x_t, t, c): what the trunk computed for N positions
 
-The way of one token through the code, with shapes:
-
-                  training: the N targets of a batch             decoding: one position of each of N rows
-    trunk         idx (B, S) -> h (B, S, C) -> c.h (N, C)        token (N, 1) and cache -> c.h (N, C)
-    x_t           t x_1 + (1 - t) x_0: (N, D)                    from x_0 (N, D), by solver steps
-    condition     t, group (N,) -> L x (N, 6C) and w_d (N, C)    the same, looked up in a table
-    path          x_t (N, D) -> h (N, C), through L blocks       the same, T - 1 times
-    attention     q (N, C), put at its places in (B, S, C),      q (N, C) -> (N, 1, C), over the cached keys
-                  causal, taken out again: (N, C)                -> (N, C)
-    logits        (N, V_size), scored against y (N,)             (N, V_size) -> y (N,)
+README.md follows one token through the code, with shapes.
 """
 import copy
 import math
@@ -112,13 +103,13 @@ def attention(q, k, v, mask=None):
     _, H, S, size = k.shape
     assert mask is not None or Q in (1, S), "without a mask there is one query, or as many as keys"
     q = q.view(B, Q, C // size, size).transpose(1, 2)             # (B, H, Q, C/H)
-    is_causal = True if mask is None and Q > 1 else False         # a plain bool: torch.compile needs one
+    is_causal = True if mask is None and Q > 1 else False         # plain bools: torch.compile needs them
     shared = q.size(1) // H
+    enable_gqa = True if shared > 1 and is_causal else False
     if shared > 1 and not is_causal:                              # their heads become further queries of one
         q = q.reshape(B, H, shared * Q, size)
         mask = mask.repeat(1, 1, shared, 1) if mask is not None else None
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                       enable_gqa=shared > 1 and is_causal)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=enable_gqa)
     return y.reshape(B, C // size, Q, size).transpose(1, 2).reshape(B, Q, C)
 
 
@@ -184,7 +175,7 @@ class GPT(nn.Module):
         wte                       the embedding, whose rows become the token space
         embed, embed_position     what enters the first block, and the part of it that tells the position
         h                         the blocks, with linears() and path_block()
-        forward, head, head_weight, add_lora, merge_lora
+        forward, head, cross_entropy, head_weight, add_lora, merge_lora
     """
     def __init__(self, config):
         super().__init__()
@@ -239,6 +230,10 @@ class GPT(nn.Module):
     def head(self, h):
         """Hidden states (..., C) -> logits (..., V_size)."""
         return self.lm_head(self.ln_f(h))
+
+    def cross_entropy(self, h, y):
+        """-log p(y) of the tokens y (N,), predicted from hidden states h (N, C): float32 (N,)."""
+        return F.cross_entropy(self.head(h).float(), y, reduction="none")
 
     def add_lora(self, rank, alpha):
         """Wrap every linear map of every block in a LoRA. Of these blocks only the LoRAs then train."""

@@ -20,6 +20,7 @@ This is what is written to data/<task>/, for each split (train, val, test, ...):
     <split>.jsonl   the problems as text, and all that scoring them needs
     manifest.json   tokenizer, prompt format, hashes, counts; written last: if it is there, all the rest is
 """
+import json
 import os
 import shutil
 import sys
@@ -30,8 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, configure, require, run
-from plumbing.dataset import write_manifest, write_split
-from plumbing.files import lock
+from plumbing.files import lock, write_file
 from plumbing.tokenizer import describe_tokenizer
 from tasks import TASKS, TOKENIZERS, TRAINED_ON, check_gold
 from tasks.problem import encode_problem, make_split
@@ -96,6 +96,18 @@ def name_groups(task, splits):
 def json_row(problem):
     """The dict for a line of <split>.jsonl. It leaves out what is empty, and the place."""
     return {k: v for k, v in problem._asdict().items() if v and k != "place"}
+
+
+def write_split(folder, split, data, problems):
+    """Write a Split to <split>.npz, and its problems, dicts in the same order, to <split>.jsonl."""
+    lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
+    write_file(Path(folder) / f"{split}.npz", lambda file: np.savez(file, **data._asdict()))
+    write_file(Path(folder) / f"{split}.jsonl", lambda file: file.write("".join(lines).encode()))
+
+
+def write_manifest(folder, manifest):
+    text = json.dumps(manifest, indent=2) + "\n"
+    write_file(Path(folder) / "manifest.json", lambda file: file.write(text.encode()))
 
 
 def make(name, options, folder):

@@ -52,7 +52,8 @@ from plumbing.dataset import (
     load_manifest,
     load_split,
 )
-from plumbing.device import compiles, pick_device, pick_dtype, use_kernels_for_training
+from plumbing.device import pick_device, pick_dtype
+from plumbing.kernels import compile_blocks, compiles, use_kernels_for_training
 from plumbing.ranks import StopSignals, ranks_of
 from plumbing.run_folder import MetricsLog, check_same_run, open_out_dir, save_run
 from plumbing.stepping import Stepper
@@ -98,7 +99,7 @@ class Config(PathConfig):           # `--help` prints the comments of this class
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: float32 on a CPU
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA, but off with --unroll
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
     seed: int = 0
     hints: ClassVar = {
         "steps": "in train.py the number of optimizer steps is --max_iters. --steps is T, of sample.py",
@@ -153,7 +154,7 @@ def make_model(config, manifest):
 
 
 class Loss(nn.Module):
-    """The loss as a module, to be compiled as a whole, and to be wrapped by DDP."""
+    """The loss as a module, to be wrapped by DDP."""
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -245,6 +246,7 @@ class Run:
     stepper: Stepper
     sampler: dict                   # default options for sampling this model, such as its solver
     lock: object                    # an open file, which keeps other processes out of out_dir
+    compiled: bool                  # whether the blocks are
     log: MetricsLog = None
     iter_num: int = 0
     best_val_loss: float = math.inf
@@ -280,13 +282,16 @@ def set_up(config, ranks):
     stepper = Stepper(trained_parameters(model), optimizer, scaler, config.grad_clip)
 
     loss = Loss(model)
-    auto = device_type == "cuda" and not config.unroll
-    if (config.compile == "on" or config.compile == "auto" and auto) and compiles(ranks.device):
-        loss.compile()                                        # in place, so parameters keep their names
+    wanted = config.compile == "on" or config.compile == "auto" and device_type == "cuda"
+    compiled = wanted and compiles(ranks.device)
+    if compiled:
+        compile_blocks(model)
+        ranks.say("compiling: the first step takes longer; --compile=off does without")
     options = dict(gradient_as_bucket_view=True, forward_sync_buffers=False)
     ddp = DistributedDataParallel(loss, **options) if ranks.world > 1 else None
     sampler = diffusion.UNROLLED if config.unroll else {}
-    run = Run(manifest, data, val, model, loss, ddp, autocast, optimizer, scaler, stepper, sampler, lock)
+    run = Run(manifest, data, val, model, loss, ddp, autocast, optimizer, scaler, stepper, sampler, lock,
+              compiled)
     if checkpoint:
         check_same_run(checkpoint, config, manifest, ranks)
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -394,6 +399,8 @@ def train(config, ranks):
         run.iter_num += 1
         n_seen += n_targets
         progress.update()
+        if run.compiled and run.iter_num == first_iter + 1:
+            ranks.say(f"compiled; the first step ended after {time.time() - start:.0f} s")
 
         # report, evaluate, save, stop
         last = run.iter_num == config.max_iters

@@ -5,6 +5,7 @@ What does a step cost? Counted and measured, with random weights of a model's si
     python -m bench --out_dir=out/demo_l2d      # decoding of a trained run, on its validation prompts
     python -m bench --decode=False --train      # training steps of L2D and of its controls
     python -m bench --gpu_report                # the first thing on a new GPU: see bench/gpu_report.py
+    python -m bench --gpu_report --only=decoding        # one part of it
 
 Within each repeat all variants run one after the other, so that what else the machine does hits them alike. A
 cell with three numbers is the median [least, greatest] of the repeats. Ratios are taken within each repeat.
@@ -41,7 +42,7 @@ import torch
 from bench.compact_json import write_json
 from bench.costs import count_parameters
 from bench.decoding import measure_decoding, parse_numbers
-from bench.gpu_report import run_checks
+from bench.gpu_report import ITEMS, run_report
 from bench.models import SIZES
 from bench.training import measure_training
 from configurator import at_least, configure, require, run
@@ -58,7 +59,9 @@ class Config:                       # `--help` prints the comments of this class
     out_dir: str = ""               # of train.py: decode with its best.pt, in place of random weights
     decode: bool = True
     train: bool = False
-    gpu_report: bool = False        # check this device, then measure decoding and training on it
+    gpu_report: bool = False        # check this device, then measure training and decoding on it
+    only: str = ""                  # of the report: these items alone, such as training,decoding
+    time_limit: int = 120           # of the report: seconds; what is not reached by then is listed
     baseline: bool = False          # decode with transformers' GPT-2, too, on the same weights
     repeats: int = 5
     out: str = "out/bench.json"     # receives the settings, the machine, and every repeat
@@ -86,7 +89,10 @@ class Config:                       # `--help` prints the comments of this class
 
     def __post_init__(self):
         at_least(self, repeats=1, prompt=1, new_tokens=1, texts=1, seed=0, stop=0, train_batch=1,
-                 train_prompt=1, train_answer=1)
+                 train_prompt=1, train_answer=1, time_limit=1)
+        require(self.gpu_report or not self.only, f"only={self.only} is a part of --gpu_report; add that")
+        require(set(self.only.split(",")) <= {"", *ITEMS},
+                f"only={self.only!r}, but it must be of {', '.join(ITEMS)}, separated by commas")
         require(self.decode or self.train or self.gpu_report,
                 "decode=False leaves nothing to measure; add --train")
         self.check_numbers("steps", int, 1, 1000)
@@ -141,14 +147,16 @@ def main(argv=None):
     counted = count_parameters(SIZES[config.model], PathConfig())
     print(f"{config.model}: " + ", ".join(f"{name} {n:,}" for name, n in counted.items()), flush=True)
     result = {"config": asdict(config), "threads": torch.get_num_threads(), "parameters": counted}
-    if config.gpu_report:
-        result["checks"] = run_checks(config, device, dtype)
-    if config.decode:
-        result["decode"] = measure_decoding(config, device, dtype)
-    if config.train or config.gpu_report:
-        result["train"] = measure_training(config, device, dtype)
     result |= provenance(device)
-    write_json(config.out, result, levels=4)
+    if config.gpu_report:
+        names = config.only.split(",") if config.only else ITEMS
+        run_report(config, result, {name: ITEMS[name] for name in ITEMS if name in names})
+    else:
+        if config.decode:
+            result["decode"] = measure_decoding(config, device, dtype)
+        if config.train:
+            result["train"] = measure_training(config, device, dtype)
+        write_json(config.out, result, levels=4)
     print(f"\n{result['machine']}, {result['threads']} threads, torch {result['torch']}; median [least, "
           f"greatest] of {config.repeats} repeats; written to {config.out}")
     # off the CPU, and in other dtypes, a product rounds differently where its shape differs

@@ -4,6 +4,7 @@ What a training step costs, for L2D and for its controls. `python -m bench --hel
 from contextlib import nullcontext
 
 import numpy as np
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +13,7 @@ from bench.memory import step_bytes
 from bench.models import MODES, SIZES, Trainee, random_pair
 from bench.timing import best_speeds, make_probes, print_table, spread, time_by_turns
 from plumbing.dataset import Split, load_batch
-from plumbing.device import use_kernels_for_training
+from plumbing.kernels import compile_blocks, use_kernels_for_training
 
 
 def random_batch(config):
@@ -56,7 +57,8 @@ def measure_training(config, device, dtype):
         stays, (peak,) = step_bytes(size, name, [(*idx.shape, len(y))], dtype)
         counted[name] = {"flops": count_flops(trainees[name], device), "stays": stays, "peak": peak}
         if config.compile:
-            trainees[name].loss.compile()                         # in place, as in train.py
+            torch._dynamo.reset()                                 # so that no mode is compiled for another
+            compile_blocks(trainees[name].model)                  # as in train.py
             trainees[name].step()
 
     probes, work = make_probes(1 << 24, dtype, device)

@@ -1,10 +1,5 @@
 """
-Prepared data on disk, as prepare_data.py writes it, and batches of it.
-
-A folder holds, for each split (train, val, ...):
-    <split>.npz     the arrays of class Split, all examples one after the other
-    <split>.jsonl   the problems as text, one JSON object a line, for scoring (train.py never reads them)
-    manifest.json   tokenizer, prompt format, hashes, counts. It is written last: where it is, all the rest is
+Prepared data on disk, in a folder as prepare_data.py describes it, and batches of it.
 """
 import json
 from pathlib import Path
@@ -14,7 +9,6 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from plumbing.files import write_file
 
 KEYS = {"task", "tokenizer", "n_vocab", "eot", "prompt", "shots", "counts", "max_tokens", "group_names"}
 
@@ -24,19 +18,6 @@ class Split(NamedTuple):
     mask: np.ndarray                    # (N,) bool, True where the token is a target
     offsets: np.ndarray                 # (n + 1,) int64: example i is tokens[offsets[i]:offsets[i + 1]]
     groups: np.ndarray                  # (n,) uint8: the group of each example, an index into group_names
-
-
-# ---------------------------------------------------------------------------------------------- write
-def write_split(folder, split, data, problems):
-    """Write a Split to <split>.npz, and its problems, dicts in the same order, to <split>.jsonl."""
-    lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
-    write_file(Path(folder) / f"{split}.npz", lambda file: np.savez(file, **data._asdict()))
-    write_file(Path(folder) / f"{split}.jsonl", lambda file: file.write("".join(lines).encode()))
-
-
-def write_manifest(folder, manifest):
-    text = json.dumps(manifest, indent=2) + "\n"
-    write_file(Path(folder) / "manifest.json", lambda file: file.write(text.encode()))
 
 
 # ----------------------------------------------------------------------------------------------- read

@@ -2,11 +2,10 @@
 Choose the device and the number format to compute with.
 """
 import os
-import sys
 
 import torch
 
-from configurator import first_line, require
+from configurator import require
 
 
 def read_environment():
@@ -60,19 +59,3 @@ def pick_dtype(want, device):
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def use_kernels_for_training(device, dtype):
-    """Use fused attention, except in half precision on a CPU: its backward pass is 8 times slower there."""
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or dtype == torch.float32)
-
-
-def compiles(device):
-    """Return whether torch.compile works on this device. If not, print a note that says why."""
-    if device.type == "cuda":
-        try:
-            torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-        except Exception as e:          # no Triton, no C compiler, an old GPU: each raises another type
-            print(f"note: torch.compile fails here ({first_line(e)}): going on without", file=sys.stderr)
-            return False
-    return True

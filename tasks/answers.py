@@ -107,7 +107,7 @@ def answer_all(exam, write, path, steps):
 
     done = read_answers(path, key, k)
     todo = [i for i in own if i not in done]
-    at_once = max(1, config.batch_size // k)
+    at_once = max(1, exam.batch_size // k)
     with progress_bar(ranks, f"steps={steps}", len(own), len(own) - len(todo)) as advance:
         for start in range(0, len(todo), at_once):
             records = write(todo[start:start + at_once])

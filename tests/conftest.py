@@ -1,5 +1,10 @@
 """What many tests start from, each made once a session: data, a trunk, a path trained on it, a random pair."""
 import os
+
+# Tests run on the CPU, whatever is there. tests/test_gpu.py gives the GPUs back to the processes that it starts.
+os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                           # before torch, and for all processes of tests
+
 import signal
 import sys
 from pathlib import Path

@@ -2,18 +2,22 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error_of, says
+from helpers import ROOT, error_of, says
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as script
-from bench import decoding, memory, timing
+from bench import decoding, gpu_report, memory, targets, timing
 from bench.__main__ import Config
 from bench.compact_json import format_json
 from bench.costs import count_parameters, count_pass, count_passes, least_seconds
@@ -325,26 +329,100 @@ def test_decoding_of_a_trained_run(l2d, tmp_path):
     assert all(row["same"] for row in rows.values()) and rows["T=4, no drafts"]["NFE"] == 3
 
 
-def test_the_report_for_a_gpu_in_its_small_form(tmp_path, capsys):
-    """Checks, decoding, training, memory, on the CPU."""
-    result = run_main(tmp_path, "--gpu_report", "--steps=4", "--batch=1", "--draft=0,4", "--acceptance=0.8")
-    assert all(passed for passed, _ in result["checks"].values())
+def test_the_report_for_a_gpu_in_its_small_form(tmp_path, capfd):
+    """All of it, on the CPU: checks, timings, and the order of their importance."""
+    result = run_main(tmp_path, "--gpu_report", "--repeats=1", "--time_limit=600")
+    assert all(passed for passed, _ in result["checks"].values()), result["checks"]
     names = " ".join(result["checks"])
-    assert all(word in names for word in ("logits", "T = 1", "drafts", "compiled", "ranks", "attention"))
-    assert "0 breaks" in result["checks"]["compiled"][1]
+    assert all(word in names for word in ("logits", "T = 1", "compiled", "drafts", "attention", "ranks"))
+    assert "0 breaks" in result["checks"]["compiled"][1] and result["not_reached"] == []
+    assert list(result["seconds_of"]) == list(gpu_report.ITEMS)
+    row = result["training"]["eager"]
+    assert row["first step, s"] > 0 and row["ms"]["min"] > 0 and row["GB of a step"] is None
+    for n in (1, 4):
+        rows = result[f"decoding {n}"]
+        assert {name.partition(", graphs")[0] for name in rows} == {"T = 1", "T = 16", "T = 16, drafts, 95% kept"}
+        assert all(row["tokens"] == n * 6 for row in rows.values())
+        assert rows["T = 1, graphs off"]["x as fast"] == {"median": 1, "min": 1, "max": 1}
     r = result["train"]
     assert list(r["rows"]) == list(MODES) and r["examples"] == 2 and 0 < r["targets"] < r["tokens"]
     for name, row in r["rows"].items():
         assert row["tokens/s"]["max"] == pytest.approx(r["tokens"] / min(r["seconds"][name]))
         assert 0 < row["stays"] < row["peak"] and row["measured"] is None and row["matmul"]["min"] > 0
     assert r["rows"]["full finetuning"]["x full"] == {"median": 1, "min": 1, "max": 1}
-    assert "ok     ranks" in capsys.readouterr().out
+    printed = capfd.readouterr().out
+    order = [printed.index(text) for text in ("ok     logits", "ok     drafts", "training tiny, L2D", "batch 1", "ok     ranks")]
+    assert order == sorted(order) and "not reached" not in printed
+
+
+# Items of a report, for the process that runs them
+def passes(config, device, dtype):
+    yield "passes", True, "well"
+    yield "measured", None, {"a": 1}
+
+
+def hangs(config, device, dtype):
+    yield "half", True, "of it"
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    subprocess.Popen(["sleep", "1043"])                           # what it has started must end with it
+    while True:
+        pass
+
+
+def dies(config, device, dtype):
+    yield "begun", True, "-"
+    os._exit(7)
+
+
+def raises(config, device, dtype):
+    yield "off", False, "by far"
+    raise ValueError("no such kernel")
+
+
+def reads(config, device, dtype):
+    yield "reads", True, " ".join(json.loads(Path(config.out).read_text())["checks"])
+
+
+def report(tmp_path, limit, **items):
+    config = dataclasses.replace(Config(), device="cpu", out=str(tmp_path / "r.json"), time_limit=limit)
+    result = {"parameters": {}}
+    gpu_report.run_report(config, result, items)
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(result))
+    return result
+
+
+def test_an_item_that_hangs_or_fails_does_not_take_the_rest_with_it(tmp_path, capsys):
+    """And the file holds at every moment what has ended before."""
+    items = dict(passes=(passes, 60), hangs=(hangs, 15), dies=(dies, 60), raises=(raises, 60), reads=(reads, 60))
+    result = report(tmp_path, 300, **items)
+    checks = result["checks"]
+    assert checks["half"] == (True, "of it") and checks["hangs"] == (False, "no end within 15 s")
+    assert checks["dies"] == (False, "its process ended with status 7") and checks["off"] == (False, "by far")
+    passed, found = checks["raises"]
+    assert not passed and found.endswith("ValueError: no such kernel")
+    assert checks["reads"] == (True, "passes half hangs begun dies off raises") and result["measured"] == {"a": 1}
+    assert result["not_reached"] == [] and list(result["seconds_of"]) == list(items)
+    assert 15 <= result["seconds_of"]["hangs"] < 25
+    left = subprocess.run(["pgrep", "-f", "^sleep 1043$"], capture_output=True, text=True).stdout
+    assert left == "" and "FAILED hangs: no end within 15 s" in capsys.readouterr().out
+
+
+def test_what_is_not_reached_is_listed(tmp_path, capsys):
+    result = report(tmp_path, 20, passes=(passes, 60), hangs=(hangs, 60), reads=(reads, 60))
+    assert result["not_reached"] == ["hangs", "reads"] and list(result["seconds_of"]) == ["passes"]
+    assert "not reached within 20 s: hangs, reads" in capsys.readouterr().out
+
+
+def test_one_item_alone(tmp_path):
+    result = run_main(tmp_path, "--gpu_report", "--only=logits")
+    assert list(result["seconds_of"]) == ["logits"] and result["not_reached"] == [] and "train" not in result
+    says(error_of(run_main, tmp_path, "--only=logits"), "only=logits", "--gpu_report")
+    says(error_of(run_main, tmp_path, "--gpu_report", "--only=speed"), "only='speed'", "logits, compiled")
 
 
 def test_a_check_that_fails_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "run_checks", lambda *_: {"ranks": (False, "off")})
-    monkeypatch.setattr(script, "measure_training", lambda *_: {})
-    says(error_of(run_main, tmp_path, "--gpu_report", "--decode=False"), "check ranks")
+    monkeypatch.setattr(script, "run_report", lambda config, result, items: result.update(checks={"ranks": (False, "off")}))
+    says(error_of(run_main, tmp_path, "--gpu_report"), "check ranks")
 
 
 def test_tokens_that_differ_are_an_error(tmp_path, monkeypatch):
@@ -376,6 +454,46 @@ def test_a_file_of_somebody_else_is_not_written_over(tmp_path):
         (tmp_path / "x").write_text(text)
         says(error_of(script.main, ["--model=tiny", f"--out={tmp_path / 'x'}"]), "was not written by python -m bench")
         assert (tmp_path / "x").read_text() == text
+
+
+# ------------------------------------------------------------------------------------ bench/on_a_gpu.sh
+def test_the_table_of_targets_says_what_was_met_missed_and_not_reached(tmp_path):
+    def row(ms, speed, fast):
+        return {"ms a token": {"median": ms}, "tokens/s": {"median": speed}, "x as fast": {"median": fast}, "x needed": 1.2}
+    report = {"checks": {"graphs, drafts up to 0": [True, ""], "graphs, drafts up to 8": [False, ""]},
+              "decoding 1": {"T = 1, graphs on": row(1, 900, 6.5), "T = 16, graphs on": row(4.5, 220, 3),
+                             "transformers, T = 1": {"tokens/s": {"median": 100}}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "train.log").write_text("3 compiling: the first step takes longer\n41 compiled; the first step ended after 33 s\n")
+    (tmp_path / "evaluate.log").write_text("9 batch_size=128: a text takes up to 9 MB, and 70.0 GB are free\n")
+    (tmp_path / "tests.log").write_text("80 FAILED tests/test_gpu.py::test_a\n80 1 failed, 4 passed in 70.1s\n")
+    rows = targets.make_rows(targets.read_results(tmp_path))
+    found = {name: (row["measured"], row[""]) for name, row in rows.items() if row["measured"] != "not reached"}
+    assert found == {"T = 1, as fast as eager": (6.5, "yes"), "T = 1, as fast as transformers": (9, "yes"),
+                     "T = 16, no drafts, ms a token": (4.5, "NO"), "texts the same with graphs, float32, share": (0.5, "NO"),
+                     "train.py, first step after, s": (41, "yes"), "evaluate.py, chosen batch": (128, "yes"),
+                     "tests/test_gpu.py, failed": (1, "NO")}
+    assert len(rows) - len(found) == 4
+
+
+def test_the_script_for_a_gpu_ends_with_its_table_whatever_fails(tmp_path):
+    """Each part within its time, and the names of the rows are those of the report. Here no part ends well."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/bash
+case "$*" in
+    *bench.targets*) exec {sys.executable} "$@";;
+    *train.py*) sleep 100;;
+    *) echo "line of $2"; exit 3;;
+esac
+""")
+    python.chmod(0o755)
+    env = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "LIMIT": "15", "DEVICE": "cpu", "MODEL": "tiny"}
+    done = subprocess.run(["bash", "bench/on_a_gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    printed = done.stdout
+    assert "== report: status 3" in printed and "== train: status 124" in printed
+    assert printed.index("== evaluate: not reached") < printed.index("== rest: not reached") < printed.index("no report")
+    assert printed.count("not reached") == 3 + len(targets.TARGETS)
+    assert (tmp_path / "out" / "report.log").read_text().endswith(" line of bench\n")
 
 
 # ------------------------------------------------------------------------------------------------ JSON

@@ -1,14 +1,23 @@
-"""plumbing/device.py: which device and which dtype."""
+"""plumbing/device.py: which device and which dtype. plumbing/kernels.py: which kernels."""
+import os
+
 import pytest
 import torch
-from helpers import error_of, says
+from helpers import child, error_of, says
 
-from plumbing.device import compiles, pick_device, pick_dtype, read_environment, use_kernels_for_training
+from plumbing.device import pick_device, pick_dtype, read_environment
+from plumbing.kernels import compiles, use_kernels_for_training
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_tests_and_their_processes_see_no_gpu():
+    """Whatever is there: conftest.py hides it, and only tests/test_gpu.py gives it back."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+    found = child(["-c", "import os, torch; print([os.environ['CUDA_VISIBLE_DEVICES'], torch.cuda.device_count()])"])
+    assert found.stdout.strip() == "['', 0]"
+
+
 def test_without_cuda_auto_is_the_cpu_and_cuda_is_refused():
     assert pick_device("auto") == pick_device("cpu") == CPU
     says(error_of(pick_device, "cuda"), "--device=cuda", "no CUDA", "use --device=cpu")

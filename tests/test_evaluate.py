@@ -11,21 +11,27 @@ from collections import Counter
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Process, free_port
+from helpers import Process, error_of, free_port, says
 
 import evaluate
 import tasks.answers
+from bench.memory import Meter
 from configurator import UserError
 from decode import Continuation, DecodingConfig
+from diffusion import Tables
 from model import GPT, L2D, DiffusionPath, GPTConfig, PathConfig
-from plumbing.dataset import load_manifest, load_split, write_manifest, write_split
+from plumbing import batches
+from plumbing.batches import choose_batch, count_row_bytes, fit_batch
+from plumbing.dataset import load_manifest, load_split
 from plumbing.tokenizer import describe_tokenizer
 from plumbing.trained import load
+from prepare_data import write_manifest, write_split
 from tasks import few_shot, load_problems, score
 from tasks.arithmetic import make_tokenizer
 from tasks.problem import Problem, encode_problem, make_split
@@ -230,6 +236,83 @@ def test_no_more_texts_are_written_at_once_than_batch_size_says(run, monkeypatch
                         generate(model, prompts, *args, **named))
     run("--steps=1", "--limit=4", "--votes=19", "--temperature=1")
     assert sizes == 4 * [8, 8, 3]
+
+
+def short_of_memory(monkeypatch, most):
+    """Writing more than `most` texts at once runs out of memory, half-way. Returns the sizes that were tried."""
+    generate, sizes = evaluate.generate, []
+    def limited(model, prompts, *args, **named):
+        sizes.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return generate(model, prompts, *args, **named)
+    monkeypatch.setattr(evaluate, "generate", limited)
+    return sizes
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_no_text(run, out_dir, monkeypatch):
+    """The same answers, each written once; it stays at the size that fits, also for the next T."""
+    expected = answers_of(out_dir, run("--steps=1", "--limit=13")[0], 1)
+    for file in (out_dir / "eval").iterdir():
+        file.unlink()
+    sizes = short_of_memory(monkeypatch, 3)
+    results, printed = run("--steps=1", "--limit=13")
+    found = answers_of(out_dir, results, 1)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 1] and timeless(found) == timeless(expected) and len(found) == 13
+    notes = [line for line in printed.splitlines() if line.startswith("note: out of")]
+    assert notes == ["note: out of memory with 8 texts side by side: going on with 4",
+                     "note: out of memory with 4 texts side by side: going on with 2"]
+
+
+def test_texts_written_before_the_memory_ran_out_for_good_are_kept(run, out_dir, monkeypatch):
+    sizes = short_of_memory(monkeypatch, 8)
+    with monkeypatch.context() as m:
+        short = short_of_memory(m, 8)
+        calls = []
+        def later(*args, **named):                                # nothing fits from the second batch on
+            calls.append(1)
+            if len(calls) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return limited(*args, **named)
+        limited = evaluate.generate
+        m.setattr(evaluate, "generate", later)
+        says(error_of(run, "--steps=1", "--limit=13"), "out of memory", "lower batch_size")
+        assert short == [8] and len(calls) == 1 + 3               # 5, 2 and 1 texts did not fit
+    del sizes[:]
+    run("--steps=1", "--limit=13")
+    assert sizes == [5]                                           # the first eight are there
+
+
+@pytest.mark.parametrize("options, with_path", [
+    (dict(steps=1), False), (dict(steps=1), True), (dict(steps=4, draft=0, ahead=0), True),
+    (dict(steps=8, draft=0), True), (dict(steps=8, draft=8), True)])
+def test_the_memory_of_a_text_is_about_what_is_measured(options, with_path):
+    """Bytes of live tensors at the peak, of twelve texts against four: between what is counted and a third of it."""
+    torch.manual_seed(0)
+    trunk = GPT(GPTConfig(256, 2000, 3, 4, 64))
+    model = L2D(trunk, DiffusionPath(trunk, PathConfig(x_dim=32, t_dim=32), 1) if with_path else None).requires_grad_(False)
+    config = DecodingConfig(max_new_tokens=100, **options)
+    tables = Tables(model) if with_path else None
+
+    def peak(n):
+        with Meter() as meter:
+            evaluate.generate(model, [[1] * 60] * n, -1, config, tables=tables)
+        return meter.peak
+    peak(4), peak(12)                                             # what calls cost is measured the first time
+    measured = (peak(12) - peak(4)) / 8
+    counted = count_row_bytes(model, config, 60)
+    assert measured < counted < 3 * measured, (measured, counted)
+
+
+def test_a_gpu_gets_the_batch_that_fits_and_says_so(monkeypatch, capsys):
+    assert [fit_batch(10 ** 10, size) for size in (1, 10 ** 8, 8 * 10 ** 9 // 64, 9 * 10 ** 9, 10 ** 12)] == [256, 64, 64, 1, 1]
+    model = SimpleNamespace(trunk=SimpleNamespace(wte=torch.nn.Embedding(2, 2)))
+    assert choose_batch(model, None, 1, print) == 64 and capsys.readouterr().out == ""
+    model.trunk.wte = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * 10 ** 9, 80 * 10 ** 9))
+    monkeypatch.setattr(batches, "count_row_bytes", lambda model, config, longest: longest * 10 ** 6)
+    assert choose_batch(model, None, 100, print) == 128
+    says("error: " + capsys.readouterr().out, "batch_size=128", "100 MB", "16.0 GB")
 
 
 def test_votes_and_samples_count(run, arithmetic, monkeypatch, encoding):
@@ -820,7 +903,7 @@ def test_plot(run, out_dir):
     (["--show_change", "--steps=4"], ["--show_change", "--steps=1,16"]),
     (["--show_change", "--votes=2", "--temperature=1"], ["--show_change", "2 answers"]),
     (["--split=nothing"], ["'nothing'", "val"]),
-    (["--batch_size=0"], ["batch_size=0"]),
+    (["--batch_size=-1"], ["batch_size=-1"]),
     (["--max_new_tokens=0"], ["max_new_tokens=0"]),
     (["--shots=-1"], ["shots=-1"]),
     (["--checkpoint=last"], ["last.pt"]),

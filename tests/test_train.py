@@ -1,4 +1,6 @@
 """train.py: each mode trains what it should and nothing else; micro-batches and ranks are one run."""
+import copy
+import dataclasses
 import hashlib
 import math
 import shutil
@@ -17,11 +19,13 @@ from helpers import (
     child,
     error_of,
     evaluations,
+    everywhere,
     losses,
     metrics,
     same_tensors,
     says,
     start_ranks,
+    tokens,
 )
 
 import diffusion
@@ -29,7 +33,8 @@ import prepare_data
 import sample
 import train
 from configurator import UserError, configure
-from model import GPT, GPTConfig, LoRALinear
+from llama import Llama, LlamaConfig
+from model import GPT, L2D, DiffusionPath, GPTConfig, LoRALinear, PathConfig
 from plumbing.checkpoint import load_checkpoint, pair_from
 from plumbing.dataset import (
     batches_of_epoch,
@@ -39,6 +44,7 @@ from plumbing.dataset import (
     load_manifest,
     load_split,
 )
+from plumbing.kernels import compile_blocks
 from plumbing.trunks import load_trunk
 
 MODES = [("frozen", "full"), ("frozen", "lora"), ("lora", "none"), ("lora", "full"), ("lora", "lora"),
@@ -552,40 +558,66 @@ def pass_of(loss_of, batch):
     return loss.detach(), [p.grad.clone() for p in train.trained_parameters(loss_of.model) if p.grad is not None]
 
 
-def compiled_at_three_lengths(folder, trunk_mode, path_mode):
-    """Forward and backward of the whole Loss, compiled, against eager. Returns (breaks, graphs)."""
-    data = load_split(folder, "train")
-    c = config(**FROM_SCRATCH | dict(n_layer=1), path_mode=path_mode)
+LLAMA = LlamaConfig(64, 29, n_layer=1, n_head=4, n_kv_head=2, n_embd=32, head_size=8, n_hidden=48, qkv_bias=True)
+GPT2 = GPTConfig(64, 29, n_layer=1, n_head=2, n_embd=32)
+
+
+def trainable_pair(size, n_layer, trunk_mode, path_mode):
+    """A pair with random weights and a path that is not new, so that everything has a gradient."""
     torch.manual_seed(0)
-    model = train.make_model(c, load_manifest(folder))
-    model.trunk.requires_grad_(trunk_mode == "full")
+    trunk = (Llama if isinstance(size, LlamaConfig) else GPT)(dataclasses.replace(size, n_layer=n_layer))
+    path = PathConfig(path_mode=path_mode, lora_rank=2, x_dim=8, t_dim=16, sigma=4.0)
+    model = L2D(trunk, DiffusionPath(trunk, path, 2) if path_mode != "none" else None)
+    trunk.requires_grad_(trunk_mode == "full")
     if trunk_mode == "lora":
-        model.trunk.add_lora(c.lora_rank, c.lora_alpha)
-    eager, compiled, batches, order = train.Loss(model), train.Loss(model), [], np.argsort(np.diff(data.offsets))
-    for first in (0, len(order) // 2, len(order) - 4):            # short, middling, long
-        idx, at, y, group = load_batch(data, order[first:first + 4], "cpu")
-        batches.append((idx, at, y, group, *train.draw_inputs(c, model, group, len(y), train.make_generator("cpu", first))[:2]))
-    assert len({b[0].size(1) for b in batches}) == 3
+        trunk.add_lora(2, 2.0)
+    with torch.no_grad():
+        for p in train.trained_parameters(model):
+            p += 0.05 * torch.randn(p.shape)
+    return model
+
+
+def compiled_at_four_lengths(size, n_layer, trunk_mode="frozen", path_mode="full", steps=None):
+    """Forward and backward of the loss, compiled by block, against eager. Returns (breaks, graphs)."""
+    model = trainable_pair(size, n_layer, trunk_mode, path_mode)
+    eager, compiled = train.Loss(copy.deepcopy(model)), train.Loss(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled.compile(backend="aot_eager")
-    for batch in batches:
+    compile_blocks(model, backend="aot_eager")
+    c = config(x_dim=8, sigma=4.0)
+    for B, S in ((3, 13), (3, 22), (5, 17), (3, 30)):
+        idx, at, y, group = tokens(B, S, vocab=29), everywhere(B, S), tokens(B * S, seed=1, vocab=29), torch.ones(B).long()
+        batch = (idx, at, y, group, *train.draw_inputs(c, model, group, len(y), train.make_generator("cpu", S))[:2], steps)
         want, got = pass_of(eager, batch), pass_of(compiled, batch)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*batch), eager(*batch), rtol=1e-4, atol=1e-5)
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     return dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("trunk_mode, path_mode", [("frozen", "full"), ("lora", "lora"), ("full", "none")])
-def test_the_compiled_loss_is_whole_at_every_length(arithmetic, trunk_mode, path_mode):
-    """No graph breaks; few graphs, however many lengths come; the same losses and gradients as eager."""
-    breaks, graphs = compiled_at_three_lengths(arithmetic, trunk_mode, path_mode)
-    assert breaks == {} and 1 <= graphs <= 3, (breaks, graphs)
+@pytest.mark.parametrize("size", [GPT2, LLAMA])
+@pytest.mark.parametrize("trunk_mode, path_mode, steps, most", [
+    ("frozen", "full", None, 5), ("frozen", "lora", None, 5), ("lora", "lora", None, 6), ("full", "none", None, 4),
+    ("frozen", "full", 4, 3)])
+def test_the_loss_compiled_by_block_has_no_breaks_and_few_graphs(size, trunk_mode, path_mode, steps, most):
+    """The same losses and gradients as eager, at every length.
+
+    A graph for each of trunk block, path block, and head with loss; and one more of each that has gradients,
+    for validation. Unrolled training reads all logits, so its head is not compiled.
+    """
+    breaks, graphs = compiled_at_four_lengths(size, 2, trunk_mode, path_mode, steps)
+    assert breaks == {} and 1 <= graphs <= most, (breaks, graphs)
 
 
-def test_a_symbolic_is_causal_would_break_the_graph(arithmetic, monkeypatch):
-    """What the test above is there to see: `mask is None and T > 1` turns symbolic once T varies."""
+def test_more_layers_take_no_more_graphs():
+    breaks, graphs = compiled_at_four_lengths(GPT2, 1)
+    assert compiled_at_four_lengths(GPT2, 4) == (breaks, graphs) == ({}, 5)
+
+
+def test_a_symbolic_is_causal_would_break_the_graph(monkeypatch):
+    """What the test above is there to see: `mask is None and Q > 1` turns symbolic once Q varies."""
     import model as m
 
     def old(q, k, v, mask=None):
@@ -594,24 +626,29 @@ def test_a_symbolic_is_causal_would_break_the_graph(arithmetic, monkeypatch):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return y.transpose(1, 2).reshape(B, T, C)
     monkeypatch.setattr(m, "attention", old)
-    breaks, graphs = compiled_at_three_lengths(arithmetic, "frozen", "full")
-    assert breaks and graphs > 3
+    breaks, graphs = compiled_at_four_lengths(GPT2, 1)
+    assert breaks and graphs > 5
 
 
-def test_compile_on_trains_the_same_and_saves_the_same_names(options, tmp_path, monkeypatch):
+@pytest.mark.parametrize("unroll", [0, 2])
+def test_compile_on_trains_the_same_and_saves_the_same_names(options, tmp_path, monkeypatch, capsys, unroll):
     """By aot_eager, which traces as inductor does and is quick; tests/test_bench.py has inductor."""
-    compile_, compiled = torch.nn.Module.compile, []
-    def quick(module):
-        compiled.append(type(module))
-        compile_(module, backend="aot_eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", quick)
-    shared = options | dict(max_iters=3, batch_size=4, eval_examples=4)
+    compiled = []
+    def quick(model):
+        compiled.append(model)
+        compile_blocks(model, backend="aot_eager")
+    monkeypatch.setattr(train, "compile_blocks", quick)
+    shared = options | dict(max_iters=3, batch_size=4, eval_examples=4, unroll=unroll)
     train.main(argv(**shared))
-    assert compiled == []                                         # auto: not on a CPU
+    assert compiled == [] and "compil" not in capsys.readouterr().out     # auto: not on a CPU
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     train.main(argv(**shared | dict(out_dir=tmp_path / "compiled"), compile="on"))
+    counters = torch._dynamo.utils.counters
+    assert len(compiled) == 1 and counters["stats"]["unique_graphs"] and not counters["graph_break"]
     torch._dynamo.reset()
-    assert compiled == [train.Loss]
+    said = capsys.readouterr().out
+    assert said.index("compiling") < said.index("compiled; the first step ended after") < said.index("iter 1/3")
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "out"), rtol=1e-4)
     a, b = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("compiled", "out"))
     assert a.keys() == b.keys()
