@@ -11,11 +11,6 @@ from diffusion import Denoiser, find_probability, velocity
 from model import Context
 
 
-def denoiser_class(config):
-    """The class that evaluates for this SamplerConfig: Denoiser, unless positions go separate ways."""
-    return AdaptiveDenoiser if config.solver == "adaptive" or config.stop else Denoiser
-
-
 def adaptive(x_1_hat, x, steps, tol, t_end):
     """Euler's steps from (x, t = 0), with sizes chosen by Heun's error estimate, per position (deviation 7).
 

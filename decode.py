@@ -6,12 +6,12 @@ with it. generate_batch writes several texts side by side. speculate.py writes t
 what sample.py uses by default. Words, symbols and shapes are those of model.py.
 """
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from adaptive import denoiser_class
 from configurator import at_least
 from diffusion import Denoiser, SamplerConfig, Tables, choose
 from model import Context
@@ -24,6 +24,7 @@ class DecodingConfig(SamplerConfig):  # `--help` prints the comments of this cla
     draft: int = 16                 # most tokens that the trunk drafts at once; 0: none
     ahead: int = 1000               # most evaluations of a token in one pass; 0: no such speculation
     seed: int = 0
+    graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs. auto: on a GPU, but for adaptive and traces
 
     def __post_init__(self):
         super().__post_init__()
@@ -99,16 +100,17 @@ def generate_one(model, prompt, eot, config, group=None, text_id=0, trace=False,
 class Cache:
     """The trunk's keys and values, with room for positions to come.
 
-    kv: L tuples (k, v), each (B, H, S, C/H).
+    kv: L tuples (k, v), each (B, H, S, C/H). final: the S that it may reach, if it is to grow only once.
     """
-    def __init__(self, kv):
+    def __init__(self, kv, final=0):
         self.kv = kv
+        self.final = final
 
     def first(self, S):
         """kv of the first S positions. The tensors are views, into which the trunk may write."""
-        missing = S - self.kv[0][0].size(2)
-        if missing > 0:                                           # grow by 7 more: most tokens need no copy
-            room = (0, 0, 0, missing + 7)
+        known = self.kv[0][0].size(2)
+        if S > known:                                             # grow by 7 more: most tokens need no copy
+            room = (0, 0, 0, max(S + 7, self.final) - known)
             self.kv = [(F.pad(k, room), F.pad(v, room)) for k, v in self.kv]
         return [(k[:, :, :S], v[:, :, :S]) for k, v in self.kv]
 
@@ -142,6 +144,14 @@ def draw_noise(model, ids, config):
             u[-1] = torch.cat([u[-1], of_guesses], 1)
     sigma = path_config.sigma if path_config else 1.0
     return sigma * torch.stack(x_0).to(device), torch.stack(u).to(device)
+
+
+def denoiser_class(config):
+    """The class that evaluates for this SamplerConfig: Denoiser, unless positions go separate ways."""
+    if config.times_are_known and not config.stop:
+        return Denoiser
+    from adaptive import AdaptiveDenoiser  # here, since few runs need it
+    return AdaptiveDenoiser
 
 
 # ------------------------------------------------------------------------------------ many prompts at once
@@ -187,6 +197,11 @@ class Rows:
         return kv, (torch.arange(S, device=pos.device) <= pos[:, :, None])[:, None]
 
 
+def count_from(first, K, device):
+    """(B, K): first[i], first[i] + 1, ... in row i."""
+    return torch.tensor(first, device=device)[:, None] + torch.arange(K, device=device)
+
+
 def read_prompts(model, prompts, config, group, ids):
     """Run the trunk over the prompts. Returns the Rows before their first new token.
 
@@ -201,7 +216,9 @@ def read_prompts(model, prompts, config, group, ids):
     x_0, u = draw_noise(model, ids, config)
     group = torch.tensor(group or [model.no_group] * len(prompts), device=device)
     out = [Continuation() for _ in prompts]
-    return Rows(out, positions, c.token, c.h, group, x_0, u, Cache(c.kv))
+    # A GPU's allocator would keep every size that a growing cache has had.
+    final = max(positions) + config.max_new_tokens + config.draft if device.type == "cuda" else 0
+    return Rows(out, positions, c.token, c.h, group, x_0, u, Cache(c.kv, final))
 
 
 @torch.no_grad()

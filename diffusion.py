@@ -259,10 +259,11 @@ class Tables(dict):
         self.earlier = {}                                         # what speculate.py saw in earlier texts
 
     def at(self, times):
-        """The conditions of M times, a tuple: L x (M G, 6C) and w_d (M G, C), for G groups at each time."""
+        """M times as a tensor, and their conditions for G groups: L x (M G, 6C) and w_d (M G, C)."""
         if times not in self:
             modulations, w_d = zip(*(self[t] for t in times))
-            self[times] = [torch.cat(layer) for layer in zip(*modulations)], torch.cat(w_d)
+            layers = [torch.cat(layer) for layer in zip(*modulations)]
+            self[times] = torch.tensor(times, device=self.V.device), layers, torch.cat(w_d)
         return self[times]
 
     def __missing__(self, t):

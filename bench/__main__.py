@@ -18,7 +18,8 @@ Decoding is greedy, and its time includes reading the prompts. Columns:
     passes     how often the path ran per token; the rows of a batch share a pass
     floor      the least possible time as a share of the measured one. It assumes that every pass reads its
                weights, keys and values once, or computes its FLOPs, at the best speed of three probes. These
-               are a copy, a matrix-vector product and a matrix product, measured in the same run
+               are a copy, a matrix-vector product and a matrix product, measured in the same run. The
+               passes of CUDA graphs cannot be counted
     same       whether the tokens are those of the reference: without drafts, or of plain decoding
 The share of a draft that is kept is a property of a trained model. With random weights we set it: the path
 is new and writes what plain decoding writes, at every T, and then a seeded share of its tokens is changed.

@@ -18,6 +18,7 @@ from bench.models import SIZES, random_pair
 from bench.timing import best_speeds, make_probes, print_table, spread, time_by_turns
 from decode import DecodingConfig
 from diffusion import Tables
+from fast.ahead import LookAhead
 from model import L2D, PathConfig
 from plumbing.dataset import load_split
 from plumbing.packed import pack
@@ -41,7 +42,7 @@ def changed_tokens(share, model, ids, config):
     least = u.quantile(share).item() if share else 0.0
     n_vocab = model.trunk.config.vocab_size
     choose = decode.choose
-    refine = speculate.refine
+    accept = speculate.accept
 
     def change(y, u):
         return torch.where(u < least, (y + 1) % n_vocab, y)
@@ -49,30 +50,35 @@ def changed_tokens(share, model, ids, config):
     def choose_and_change(logits, u, *options):
         return change(choose(logits, u, *options), u)
 
-    def refine_and_change(*args):
-        y, f = refine(*args)
-        return change(y, f.u[:, 0]), f
+    def change_and_accept(rows, grid, *rest):
+        u = rows.u if rows.u is not None else rows.store.u[rows.places]          # (B, tokens, ...)
+        n = decode.count_from([out.predicted for out in rows.out], grid.size(2), u.device)
+        u = u[:, :, 0].gather(1, n.clamp(max=u.size(1) - 1)).to(grid.device)     # (B, K)
+        grid[2] = change(grid[2], u)                              # the refined tokens
+        accept(rows, grid, *rest)
     decode.choose = choose_and_change
-    speculate.refine = refine_and_change
+    speculate.accept = change_and_accept
     try:
         yield
     finally:
         decode.choose = choose
-        speculate.refine = refine
+        speculate.accept = accept
 
 
 @contextmanager
 def changed_guesses(share, model):
     """Within this context the guess is another one from the first path call on, at this share of positions.
 
-    The tokens that are chosen in the end stay as they are. Not for the adaptive solver and --stop.
+    The tokens that are chosen in the end stay as they are. Not for the adaptive solver and --stop, nor for
+    CUDA graphs, which hold what pick did when they were recorded.
     """
     if share == 0:
         yield
         return
     n_vocab = model.trunk.config.vocab_size
     one_by_one = diffusion.Denoiser.pick
-    ahead = speculate.LookAhead.pick
+    ahead = LookAhead.pick
+    finish = LookAhead.finish
 
     def change(guess, u, after_first):
         return torch.where(after_first & (u > 1 - share), (guess + 1) % n_vocab, guess)
@@ -82,13 +88,20 @@ def changed_guesses(share, model):
 
     def pick_ahead(self, logits, e, n=slice(None)):
         return change(ahead(self, logits, e, n), self.u[n, 0], e > 0)
+
+    def finish_unchanged(self, s, *args):                         # a greedy token is its last guess
+        new = finish(self, s, *args)
+        y = torch.where(new.done & ~s.done & (self.u[:, 0] > 1 - share), (new.y - 1) % n_vocab, new.y)
+        return new._replace(y=y)
     diffusion.Denoiser.pick = pick
-    speculate.LookAhead.pick = pick_ahead
+    LookAhead.pick = pick_ahead
+    LookAhead.finish = finish_unchanged
     try:
         yield
     finally:
         diffusion.Denoiser.pick = one_by_one
-        speculate.LookAhead.pick = ahead
+        LookAhead.pick = ahead
+        LookAhead.finish = finish
 
 
 def write(model, prompts, batch, eot, config, acceptance=1.0, changes=0.0, tables=None):
@@ -170,6 +183,7 @@ def make_variants(config, options, stops, shares, changes):
             name += f", stop={stop}"
         for change in changes:
             new = f", {change:.0%} changing" if change else ""
+            decoding = replace(decoding, graphs="off" if change else "auto")
             if draft and shares:
                 variants |= {f"{name}, {share:.0%} kept{new}": (decoding, share, change) for share in shares}
             else:
@@ -217,7 +231,10 @@ def measure_batch(config, job, batch, baseline, device, dtype):
     same = compare_tokens(config, job, prompts, batch, out)
     rows = {}
     for name in runs:
+        decoding, _, _ = job.variants.get(name, job.variants["plain"])
         floor = least_seconds(cost, passes[name], dtype.itemsize, bytes_per_s, flops_per_s)
+        if speculate.in_fixed_shapes(model, decoding, False):     # a graph's passes are not seen
+            floor = None
         rows[name] = make_row(seconds[name], out[name], seconds["plain"], n_plain, floor)
         rows[name]["same"] = same[name]
     print(f"\ndecoding {config.out_dir or config.model}, batch {batch}, {len(prompts)} texts, {n_plain} "
@@ -256,5 +273,5 @@ def make_row(seconds, out, plain, n_plain, floor):
         "NFE": sum(text.nfe for text in out) / n,
         "computed": sum(text.computed for text in out) / n,
         "passes": sum(text.passes for text in out) / n,
-        "floor": spread(floor / s for s in seconds),
+        "floor": spread(floor / s for s in seconds) if floor is not None else None,
     }

@@ -232,6 +232,7 @@ def draw(rows, path):
     plt = pyplot("experiments/smollm2.py")
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     of_l2d = [row for row in rows if row["kind"] == "l2d"]
+    require(of_l2d, "the figure shows L2D against its controls, but no run l2d_sSEED has been measured")
     for prefix, marker, name in (("T=", "o", "L2D"), ("midpoint T=", "s", "authors' solver")):
         chosen = [row for row in of_l2d if row["setting"].startswith(prefix)]
         steps = [int(row["setting"].removeprefix(prefix)) for row in chosen]

@@ -81,14 +81,40 @@ def choose_sizes(out, earlier, config, longest, widest, costs):
 
     out: the Continuations of the B rows. earlier: the sum of those written before. longest, widest: the most
     that K and W may be. costs: from measure_costs.
+    """
+    trunk, path, operation = costs
+    bookkeeping = (1000 + 30 * config.steps) * operation          # of a round; fitted to the demo on a CPU
+    B = len(out)
+
+    def seconds(K, W, calls, again, share):
+        first = bookkeeping + K * trunk + calls * interpolate(path, B * K * W)
+        return first + again * interpolate(path, max(1, B * share) * W)
+    sizes = [(K, W) for K in powers_of_two(longest) for W in powers_of_two(widest)]
+    return least_time(out, earlier, config, sizes, seconds)
+
+
+def choose_shape(out, earlier, config, measured):
+    """The same in fixed shapes, of which there are few, and where all positions take part in every pass.
+
+    measured: {(K, W): seconds of a round with one pass of the path, and of each further pass}.
+    """
+    def seconds(K, W, calls, again, share):
+        first, further = measured[K, W]
+        return first + max(0, calls + again - 1) * further
+    return least_time(out, earlier, config, measured, seconds)
+
+
+def least_time(out, earlier, config, sizes, seconds):
+    """The (K, W) of sizes that should take the least time per token.
+
+    seconds: a function of K, W, the calls of all B K positions in a round, further calls, and the share of
+    rows that take part in these.
 
     A share a of the tokens was as drafted so far, so a draft of K tokens yields (1 - a^K) / (1 - a) tokens on
     average. The guess changed at a share q of the evaluations, so a window of W serves (1 - (1 - q)^W) / q of
     them. To begin with we assume that ten tokens came before: one of them differed from its draft, and two
     changed their guess.
     """
-    trunk, path, operation = costs
-    bookkeeping = (1000 + 30 * config.steps) * operation          # of a round; fitted to the demo on a CPU
     B = len(out)
     known = [*out, earlier]
     n = 10 + sum(o.predicted for o in known)
@@ -98,13 +124,10 @@ def choose_sizes(out, earlier, config, longest, widest, costs):
 
     def time_per_token(K, W):
         tokens = (1 - (1 - differ) ** K) / differ
-        calls = E / W                                             # of all positions
-        again = tokens * E * (q / (1 - (1 - q) ** W) - 1 / W)     # more calls, one for each change of guess
+        again = tokens * E * (q / (1 - (1 - q) ** W) - 1 / W)     # one more call for each change of guess
         rows_again = min(1.0, again)                              # share of the rows that need one
         n_again = again if B == 1 else max(again, 1 - (1 - rows_again) ** B)
-        seconds = bookkeeping + K * trunk + calls * interpolate(path, B * K * W)
-        return (seconds + n_again * interpolate(path, max(1, B * rows_again) * W)) / tokens
-    sizes = [(K, W) for K in powers_of_two(longest) for W in powers_of_two(widest)]
+        return seconds(K, W, E / W, n_again, rows_again) / tokens
     return min(sizes, key=lambda size: time_per_token(*size))
 
 

@@ -5,7 +5,8 @@ from helpers import SETTINGS, example, generator, tokens, wild_pair
 from test_diffusion import SIGMA, gaussian_denoiser, gaussian_solution
 from test_model import noisy, pair
 
-from adaptive import AdaptiveDenoiser, adaptive, denoiser_class, select
+from adaptive import AdaptiveDenoiser, adaptive, select
+from decode import denoiser_class
 from diffusion import Denoiser, SamplerConfig, Tables
 
 

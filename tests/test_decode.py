@@ -10,8 +10,15 @@ from helpers import EOT, SETTINGS, SOLVERS, Naive, error_of, example, generator,
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adaptive import denoiser_class
-from decode import Cache, DecodingConfig, draw_noise, generate_batch, generate_one, predict_given
+from decode import (
+    Cache,
+    DecodingConfig,
+    denoiser_class,
+    draw_noise,
+    generate_batch,
+    generate_one,
+    predict_given,
+)
 from diffusion import SamplerConfig
 from model import L2D, GPTConfig
 

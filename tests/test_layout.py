@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from helpers import child, error_of, says
 
 SCRIPTS = ["train", "sample", "evaluate", "prepare_data"]
-CORE = ["configurator", "model", "diffusion", "adaptive", "decode", "speculate"]
+CORE = ["configurator", "model", "diffusion", "adaptive", "decode", "fast", "speculate"]
 
 # For each module of the top level and each folder: what of the project it may import. Imports point down.
 MAY_IMPORT = {
@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "diffusion": {"configurator", "model"},
     "adaptive": {"diffusion", "model"},
     "decode": {"configurator", "model", "diffusion", "adaptive"},
-    "speculate": {"model", "diffusion", "adaptive", "decode", "plumbing.costs"},
+    "fast": {"model", "diffusion", "adaptive", "decode", "fast", "plumbing.costs", "plumbing.graphs"},
+    "speculate": {"model", "diffusion", "decode", "fast", "plumbing.costs"},
     "plumbing": {"configurator", "model", "llama", "plumbing"},
     "tasks": {"configurator", "plumbing", "tasks"},
     "train": {"configurator", "model", "diffusion", "plumbing"},
@@ -47,7 +48,7 @@ LONGEST_FUNCTION = 60
 def modules():
     """{name: path} of every module of the project, tests left out."""
     found = {}
-    for path in [*ROOT.glob("*.py"), *(p for folder in ("plumbing", "tasks", *ANYTHING)
+    for path in [*ROOT.glob("*.py"), *(p for folder in ("plumbing", "fast", "tasks", *ANYTHING)
                                        for p in ROOT.glob(f"{folder}/*.py"))]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts).removesuffix(".__init__")] = path
@@ -172,7 +173,7 @@ def test_algorithm_1_stands_in_one_place():
     """Sampling, training through it and the texts all call the one function."""
     callers = {name for name in modules() for node in ast.walk(tree_of(modules()[name]))
                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "algorithm_1"}
-    assert callers <= {"diffusion", "speculate"} and "diffusion" in callers
+    assert callers <= {"diffusion", "fast.ahead"} and "diffusion" in callers
     defined = [name for name in modules() for node in ast.walk(tree_of(modules()[name]))
                if isinstance(node, ast.FunctionDef) and node.name == "algorithm_1"]
     assert defined == ["diffusion"]

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from helpers import Naive, error_of, everywhere, generator, says, tokens
 
 import speculate
-from adaptive import denoiser_class
-from decode import DecodingConfig, generate_batch, generate_one
+from decode import DecodingConfig, denoiser_class, generate_batch, generate_one
 from diffusion import draw, nll, trunk_nll
 from llama import Llama, LlamaConfig, rotary_frequencies
 from model import L2D, DiffusionPath, PathConfig
