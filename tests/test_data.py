@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_arithmetic import check_split, question_of
 
-import plumbing.dataset
 import prepare_data
 import tasks
 from configurator import UserError
@@ -134,7 +133,7 @@ def test_an_interrupted_preparation_leaves_what_was_there(own, monkeypatch, stop
     """Ctrl-C while the new files are written, each of the five."""
     command, out_dir = own
     main(command)
-    before, write, calls = contents(out_dir), plumbing.dataset.write_file, []
+    before, write, calls = contents(out_dir), prepare_data.write_file, []
 
     def interrupted(path, content):
         if len(calls) == stop_at:
@@ -142,7 +141,7 @@ def test_an_interrupted_preparation_leaves_what_was_there(own, monkeypatch, stop
         calls.append(path)
         write(path, content)
 
-    monkeypatch.setattr(plumbing.dataset, "write_file", interrupted)
+    monkeypatch.setattr(prepare_data, "write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main([*command, "--val=20"])
     assert contents(out_dir) == before and len(list(out_dir.iterdir())) == len(before) == 5
