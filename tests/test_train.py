@@ -633,7 +633,7 @@ def test_a_symbolic_is_causal_would_break_the_graph(monkeypatch):
 
 @pytest.mark.parametrize("unroll", [0, 2])
 def test_compile_on_trains_the_same_and_saves_the_same_names(options, tmp_path, monkeypatch, capsys, unroll):
-    """By aot_eager, which traces as inductor does and is quick; tests/test_bench.py has inductor."""
+    """By aot_eager, which traces as inductor does and is quick; tests/test_gpu.py has inductor."""
     compiled = []
     def quick(model):
         compiled.append(model)
