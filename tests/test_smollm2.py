@@ -43,7 +43,7 @@ def sums_of(root, name):
 
 def test_the_numbers_are_those_of_evaluate(root, l2d, tmp_path, monkeypatch, capsys):
     """At T = 1, where no noise enters; evaluate.py has other batches."""
-    shutil.copytree(l2d, tmp_path / "run")
+    shutil.copytree(l2d, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
     evaluate.main([f"--out_dir={tmp_path / 'run'}", "--steps=1", "--limit=10", "--exact_match=False"])
     (path,) = (tmp_path / "run/eval").glob("*.json")
     row = json.loads(path.read_text())["rows"][0]
