@@ -39,6 +39,8 @@ ROWS = 4                            # problems of a batch, which share a generat
 TEMPERATURES = (1.0, 0.7, 0.5, 0.3)
 STEPS = (1, 2, 4, 8, 16, 32)        # of the default grid
 MIDPOINT = (3, 7, 15)               # of the authors' solver, whose last evaluation is at t = 1
+LAST = 15 / 16                      # the last time of the default grid from T = 16 on
+TIMES = ((2, 0.001), (2, LAST), (4, LAST))      # T and its last time: is it the steps, or only the time?
 KINDS = {"l2d": "L2D", "lora_path": "L2D, LoRA path", "paper": "L2D, the paper's start and input",
          "unroll": "L2D, trained through Algorithm 1", "lora": "LoRA", "full": "full finetuning",
          "five_shot": "trunk, five examples"}
@@ -71,6 +73,8 @@ def list_settings(checkpoint, has_path, shots):
     if not checkpoint["sampler"]:
         for T in MIDPOINT:
             settings[f"midpoint T={T}"] = SamplerConfig(steps=T, solver="midpoint", t_end=1.0)
+        for T, t_end in TIMES:
+            settings[f"T={T} to t={t_end:.4g}"] = SamplerConfig(steps=T, t_end=t_end)
     return settings
 
 
@@ -107,7 +111,13 @@ def measure(config):
     longest = int(np.diff(data.offsets).max()) - 1
     require(longest <= model.trunk.config.block_size, f"a problem of {config.split} has {longest} tokens, "
             f"which is beyond the trunk's {model.trunk.config.block_size} positions; use fewer shots")
+    asked = {"split": config.split, "limit": config.limit, "shots": config.shots, "seed": config.seed,
+             "weights_sha256": checkpoint["sha256"]}
+    name = f"measured_{config.split}" + (f"_{config.shots}shots" if config.shots else "")
+    path = os.path.join(config.measure, f"{name}.json")
+    before = read_before(path, asked)
     settings = list_settings(checkpoint, model.path is not None, config.shots)
+    settings = {setting: sampler for setting, sampler in settings.items() if setting not in before}
     tables = Tables(model) if model.path is not None else None
     names = ["n", "right", "nll", "entropy", *(f"sampled {tau:g}" for tau in TEMPERATURES)]
     found = {setting: {name: [] for name in names} for setting in settings}
@@ -126,11 +136,18 @@ def measure(config):
     for setting, sums in found.items():
         means = [f"{name} {sum(sums[name]) / sum(sums['n']):.4f}" for name in names[1:]]
         print(setting, *means)
-    name = f"measured_{config.split}" + (f"_{config.shots}shots" if config.shots else "")
-    record = {"split": config.split, "limit": config.limit, "shots": config.shots, "seed": config.seed,
-              "training": checkpoint["config"], "weights_sha256": checkpoint["sha256"],
-              "val_loss": checkpoint["best_val_loss"], "sums": found} | provenance(device)
-    write_json(os.path.join(config.measure, f"{name}.json"), record, levels=3)
+    record = asked | {"training": checkpoint["config"], "val_loss": checkpoint["best_val_loss"],
+                      "sums": before | found} | provenance(device)
+    write_json(path, record, levels=3)
+
+
+def read_before(path, asked):
+    """The sums of settings that were measured before, on the same weights and problems: they are kept."""
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        record = json.load(file)
+    return record["sums"] if all(record[key] == value for key, value in asked.items()) else {}
 
 
 # ------------------------------------------------------------------------------------------- comparing
@@ -189,28 +206,39 @@ def compare(runs):
     return rows, means, bootstrap
 
 
+def list_pairs(kind, settings):
+    """The pairs (what, (kind, setting, number), the same of what is subtracted) that the claims are about."""
+    for number in ("right", "sampled 1", "nll", "entropy"):
+        for setting in settings:
+            base = "midpoint T=3" if setting.startswith("midpoint") else "T=2"
+            if setting not in ("T=1", base):
+                yield f"{number}: {setting} minus {base}", (kind, setting, number), (kind, base, number)
+        for many, few in (("T=32", "T=16"), ("midpoint T=15", "midpoint T=7"), ("T=16", f"T=2 to t={LAST:.4g}"),
+                          ("T=16", f"T=4 to t={LAST:.4g}")):
+            if many in settings and few in settings:
+                yield f"{number}: {many} minus {few}", (kind, many, number), (kind, few, number)
+    for setting in ("T=16", "midpoint T=15"):
+        if setting in settings:
+            many = kind, setting, "sampled 1"
+            yield f"{setting} at temperature 1 minus T=2 greedy", many, (kind, "T=2", "right")
+            for tau in TEMPERATURES[1:]:
+                few = kind, "T=2", f"sampled {tau:g}"
+                yield f"{setting} at temperature 1 minus T=2 at temperature {tau:g}", many, few
+                yield f"{setting} minus T=2, both at temperature {tau:g}", (kind, setting, few[2]), few
+    for control in CONTROLS:
+        yield f"{control} minus T=2, greedy", (control, "T=1", "right"), (kind, "T=2", "right")
+        yield f"{control} minus T=16, sampled", (control, "T=1", "sampled 1"), (kind, "T=16", "sampled 1")
+
+
 def list_differences(means, bootstrap):
-    """The differences that the claims are about: [(what, [difference, lower end, upper end])]."""
-    def difference(a, b):
-        return bootstrap.ratio(means[a] - means[b])
+    """The differences of list_pairs, problem by problem: [(what, [difference, lower end, upper end])]."""
     found = []
     kinds = sorted({kind for kind, _, _ in means} - set(CONTROLS), key=list(KINDS).index)
     for kind in kinds:
-        settings = [setting for other, setting, _ in means if other == kind]
-        for number in ("right", "sampled 1", "nll", "entropy"):
-            for setting in dict.fromkeys(settings):
-                base = "midpoint T=3" if setting.startswith("midpoint") else "T=2"
-                if setting not in ("T=1", base):
-                    found.append((f"{kind}, {number}: {setting} minus {base}",
-                                  difference((kind, setting, number), (kind, base, number))))
-        for setting in ("T=16", "midpoint T=15"):
-            if setting in settings:
-                many = kind, setting, "sampled 1"
-                found.append((f"{kind}: {setting} at temperature 1 minus T=2 greedy",
-                              difference(many, (kind, "T=2", "right"))))
-                for tau in TEMPERATURES[1:]:
-                    found.append((f"{kind}: {setting} at temperature 1 minus T=2 at temperature {tau:g}",
-                                  difference(many, (kind, "T=2", f"sampled {tau:g}"))))
+        settings = list(dict.fromkeys(setting for other, setting, _ in means if other == kind))
+        for what, a, b in list_pairs(kind, settings):
+            if a in means and b in means:
+                found.append((f"{kind}, {what}", bootstrap.ratio(means[a] - means[b])))
     return found
 
 
@@ -234,7 +262,7 @@ def draw(rows, path):
     of_l2d = [row for row in rows if row["kind"] == "l2d"]
     require(of_l2d, "the figure shows L2D against its controls, but no run l2d_sSEED has been measured")
     for prefix, marker, name in (("T=", "o", "L2D"), ("midpoint T=", "s", "authors' solver")):
-        chosen = [row for row in of_l2d if row["setting"].startswith(prefix)]
+        chosen = [row for row in of_l2d if row["setting"].removeprefix(prefix).isdecimal()]
         steps = [int(row["setting"].removeprefix(prefix)) for row in chosen]
         for number, line, color in (("right", "-", "C0"), ("sampled 1", "--", "C1")):
             how = "greedy" if number == "right" else "sampled"

@@ -70,7 +70,8 @@ def test_probabilities_at_other_temperatures_by_hand(root, l2d, arithmetic):
 def test_what_is_measured(root):
     """A pair at every T and by the authors' solver; noise differs between seeds where it enters; controls at T = 1."""
     pair, other = sums_of(root, "l2d_s0"), sums_of(root, "l2d_s1")
-    assert list(pair) == [f"T={T}" for T in (1, 2, 4, 8, 16, 32)] + [f"midpoint T={T}" for T in (3, 7, 15)]
+    assert list(pair) == [f"T={T}" for T in (1, 2, 4, 8, 16, 32)] + [f"midpoint T={T}" for T in (3, 7, 15)] \
+        + ["T=2 to t=0.001", "T=2 to t=0.9375", "T=4 to t=0.9375"]
     assert pair["T=1"] == other["T=1"] and pair["T=2"]["nll"] != other["T=2"]["nll"]
     assert list(sums_of(root, "full_s0")) == ["T=1"]
 
@@ -92,7 +93,7 @@ def test_comparison(root, tmp_path, capsys):
     value, low, high = differences["l2d, nll: T=16 minus T=2"]
     assert value == pytest.approx(sum(nll) / 2 - base, abs=1e-12) and low <= value <= high
     sampled = sum(sum(sums["T=16"]["sampled 1"]) - sum(sums["T=2"]["right"]) for sums in each) / 2 / n
-    assert differences["l2d: T=16 at temperature 1 minus T=2 greedy"][0] == pytest.approx(sampled)
+    assert differences["l2d, T=16 at temperature 1 minus T=2 greedy"][0] == pytest.approx(sampled)
     assert (tmp_path / "found.png").stat().st_size > 10_000
     assert set(found["runs"]) == {"l2d_s0", "l2d_s1", "full_s0"}
     assert "| L2D | 16 | 2 |" in capsys.readouterr().out
