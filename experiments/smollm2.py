@@ -213,18 +213,16 @@ def list_pairs(kind, settings):
             base = "midpoint T=3" if setting.startswith("midpoint") else "T=2"
             if setting not in ("T=1", base):
                 yield f"{number}: {setting} minus {base}", (kind, setting, number), (kind, base, number)
-        for many, few in (("T=32", "T=16"), ("midpoint T=15", "midpoint T=7"), ("T=16", f"T=2 to t={LAST:.4g}"),
-                          ("T=16", f"T=4 to t={LAST:.4g}")):
-            if many in settings and few in settings:
-                yield f"{number}: {many} minus {few}", (kind, many, number), (kind, few, number)
+        for many, few in (("T=32", "T=16"), ("midpoint T=15", "midpoint T=7"),
+                          ("T=16", f"T=2 to t={LAST:.4g}"), ("T=16", f"T=4 to t={LAST:.4g}")):
+            yield f"{number}: {many} minus {few}", (kind, many, number), (kind, few, number)
     for setting in ("T=16", "midpoint T=15"):
-        if setting in settings:
-            many = kind, setting, "sampled 1"
-            yield f"{setting} at temperature 1 minus T=2 greedy", many, (kind, "T=2", "right")
-            for tau in TEMPERATURES[1:]:
-                few = kind, "T=2", f"sampled {tau:g}"
-                yield f"{setting} at temperature 1 minus T=2 at temperature {tau:g}", many, few
-                yield f"{setting} minus T=2, both at temperature {tau:g}", (kind, setting, few[2]), few
+        many = kind, setting, "sampled 1"
+        yield f"{setting} at temperature 1 minus T=2 greedy", many, (kind, "T=2", "right")
+        for tau in TEMPERATURES[1:]:
+            few = kind, "T=2", f"sampled {tau:g}"
+            yield f"{setting} at temperature 1 minus T=2 at temperature {tau:g}", many, few
+            yield f"{setting} minus T=2, both at temperature {tau:g}", (kind, setting, few[2]), few
     for control in CONTROLS:
         yield f"{control} minus T=2, greedy", (control, "T=1", "right"), (kind, "T=2", "right")
         yield f"{control} minus T=16, sampled", (control, "T=1", "sampled 1"), (kind, "T=16", "sampled 1")
