@@ -131,7 +131,7 @@ def measure(config):
             values = torch.cat([torch.ones(1, len(y)), judge_at_temperatures(logits, y)]).double()
             sums = torch.zeros(len(names), len(ids), dtype=torch.float64).index_add_(1, at[0].cpu(), values)
             for name, of_problems in zip(names, sums.tolist()):
-                found[setting][name] += of_problems
+                found[setting][name] += [round(x, 6) for x in of_problems]
         print(f"{ids.stop} of {len(problems)} problems", flush=True)
     for setting, sums in found.items():
         means = [f"{name} {sum(sums[name]) / sum(sums['n']):.4f}" for name in names[1:]]
@@ -253,36 +253,48 @@ def print_tables(rows, differences):
         print(f"| {what} | {value:+.4f} [{low:+.4f}, {high:+.4f}] |")
 
 
-def draw(rows, path):
-    """Accuracy against T, greedy and sampled; T = 2 at lower temperatures; the controls as lines."""
-    plt = pyplot("experiments/smollm2.py")
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    of_l2d = [row for row in rows if row["kind"] == "l2d"]
+def draw(rows, differences, path):
+    """Left: accuracy against T, with T = 2 at lower temperatures, the trunk, and the controls as lines.
+
+    Right: the differences from T = 2 of the same problems, whose intervals are much narrower.
+    """
+    of_l2d = {row["setting"]: row for row in rows if row["kind"] == "l2d"}
     require(of_l2d, "the figure shows L2D against its controls, but no run l2d_sSEED has been measured")
-    for prefix, marker, name in (("T=", "o", "L2D"), ("midpoint T=", "s", "authors' solver")):
-        chosen = [row for row in of_l2d if row["setting"].removeprefix(prefix).isdecimal()]
-        steps = [int(row["setting"].removeprefix(prefix)) for row in chosen]
-        for number, line, color in (("right", "-", "C0"), ("sampled 1", "--", "C1")):
-            how = "greedy" if number == "right" else "sampled"
-            values = np.array([row[number] for row in chosen])               # (settings, 3)
+    plt = pyplot("experiments/smollm2.py")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    trunk = of_l2d["T=1"]
+    for number, line, color, how in (("right", "-", "C0", "greedy"), ("sampled 1", "--", "C1", "sampled")):
+        left.plot(1, trunk[number][0], "*", color=color, markersize=9, label=f"trunk, {how}")
+        for prefix, marker, name, steps in (("T=", "o", "L2D", STEPS[1:]),
+                                            ("midpoint T=", "s", "authors' solver", MIDPOINT)):
+            fill = "full" if marker == "o" else "none"
+            values = np.array([of_l2d[f"{prefix}{T}"][number] for T in steps])
+            left.plot(steps, values[:, 0], marker + line, color=color, fillstyle=fill, markersize=5,
+                      label=f"{name}, {how}")
+            base = f"{prefix}{steps[0]}"
+            found = [differences[f"l2d, {number}: {prefix}{T} minus {base}"] for T in steps[1:]]
+            values = np.array(found)                                         # (steps, 3)
             bars = abs(values[:, 1:] - values[:, :1]).T
-            axes.errorbar(steps, values[:, 0], bars, fmt=marker + line, color=color, capsize=2, markersize=5,
-                          fillstyle="full" if marker == "o" else "none", label=f"{name}, {how}")
-    for row in of_l2d:
-        if row["setting"] == "T=2":
-            for tau in TEMPERATURES[1:]:
-                axes.plot(2, row[f"sampled {tau:g}"][0], "_", color="C1", markersize=14)
-                axes.annotate(f"{tau:g}", (2, row[f"sampled {tau:g}"][0]), (8, -3), fontsize=8,
-                              textcoords="offset points", color="C1")
+            right.errorbar(steps[1:], values[:, 0], bars, fmt=marker + line, color=color, fillstyle=fill,
+                           capsize=2, markersize=5, label=f"{name}, {how}, minus T = {steps[0]}")
+    for tau in TEMPERATURES[1:]:
+        value = of_l2d["T=2"][f"sampled {tau:g}"][0]
+        left.plot(2, value, "_", color="C1", markersize=14)
+        left.annotate(f"{tau:g}", (2, value), (8, -3), fontsize=8, textcoords="offset points", color="C1")
     for row, color in zip([row for row in rows if row["kind"] in CONTROLS], ("C7", "C2", "C3")):
         for number, line, how in (("right", "-", "greedy"), ("sampled 1", ":", "sampled")):
-            axes.axhline(row[number][0], color=color, ls=line, lw=1, label=f"{KINDS[row['kind']]}, {how}")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(STEPS, STEPS)
-    axes.set(xlabel="T (evaluations per token)", ylabel="accuracy of a token, teacher-forced",
-             title="SmolLM2-135M on GSM8K; marks at T = 2: lower temperatures")
-    axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=120)
+            left.axhline(row[number][0], color=color, ls=line, lw=1, label=f"{KINDS[row['kind']]}, {how}")
+    right.axhline(0, color="black", lw=0.5)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(STEPS, STEPS)
+        axes.set(xlabel="T (evaluations per token)")
+        axes.legend(fontsize=7)
+    n_seeds = len(trunk["seeds"])
+    left.set(ylabel="accuracy of a token, teacher-forced",
+             title=f"SmolLM2-135M on GSM8K, seeds: {n_seeds}\nmarks at T = 2: lower temperatures")
+    right.set(ylabel="difference", title="the same, paired by problem, 95% intervals")
+    figure.savefig(path, dpi=110)
 
 
 def main(argv=None):
@@ -300,7 +312,7 @@ def main(argv=None):
     result = {"split": config.split, "limit": config.limit, "runs": made, "rows": rows,
               "differences": [{"what": what, "value": value} for what, value in differences]}
     write_json(f"{config.out}.json", result, levels=2)
-    draw(rows, f"{config.out}.png")
+    draw(rows, dict(differences), f"{config.out}.png")
 
 
 if __name__ == "__main__":

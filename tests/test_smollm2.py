@@ -124,6 +124,17 @@ def test_five_examples_come_before_the_problem(l2d, tmp_path):
     says(error_of(smollm2.main, [*options, "--shots=5"]), "128 positions", "use fewer shots")
 
 
+def test_the_published_numbers_follow_from_the_published_sums(tmp_path, capsys):
+    """experiments/smollm2.json from the sums over problems in experiments/smollm2."""
+    smollm2.main([f"--root={EXPERIMENTS / 'smollm2'}", f"--out={tmp_path / 'again'}"])
+    again, published = (json.loads(path.read_text()) for path in (tmp_path / "again.json", EXPERIMENTS / "smollm2.json"))
+    for ours, theirs in zip(again["rows"], published["rows"], strict=True):
+        assert ours["setting"] == theirs["setting"] and ours["right"] == pytest.approx(theirs["right"], abs=1e-5)
+        assert ours["nll"] == pytest.approx(theirs["nll"], abs=1e-5)
+    for ours, theirs in zip(again["differences"], published["differences"], strict=True):
+        assert ours["what"] == theirs["what"] and ours["value"] == pytest.approx(theirs["value"], abs=1e-5)
+
+
 def test_errors(tmp_path):
     says(error_of(smollm2.main, [f"--root={tmp_path}"]), "no run in", "--measure=RUN")
     says(error_of(smollm2.main, ["--shots=5"]), "shots=5", "--measure=RUN")
