@@ -21,8 +21,12 @@ HEAD_ROWS = 256                     # hidden states that the head turns into log
 
 
 def can_look_ahead(config):
-    """Whether x_t can be foreseen. A mean guess cannot: it changes at every evaluation, if only a little."""
-    return config.ahead > 0 and config.guess != "mean" and config.times_are_known
+    """Whether there is an x_t to foresee, and it can be foreseen.
+
+    With T = 2 there is one path call, and nothing ahead of it. A mean guess changes at every evaluation, if
+    only a little.
+    """
+    return config.ahead > 0 and config.steps > 2 and config.guess != "mean" and config.times_are_known
 
 
 class Replay:
