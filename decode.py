@@ -194,7 +194,12 @@ class Rows:
         kv = self.cache.first(S)
         if pos.size(1) == 1 and len(set(self.positions)) == 1:
             return kv, None
-        return kv, (torch.arange(S, device=pos.device) <= pos[:, :, None])[:, None]
+        return kv, make_mask(pos, S)
+
+
+def make_mask(pos, S):
+    """(B, 1, Q, S): each query sees the keys up to its own position, pos (B, Q)."""
+    return (torch.arange(S, device=pos.device) <= pos[:, :, None])[:, None]
 
 
 def count_from(first, K, device):

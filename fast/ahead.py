@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from decode import make_mask
 from diffusion import algorithm_1, choose, find_probability
 from model import Context
 
@@ -187,17 +188,15 @@ class LookAhead:
         if len(n) == B * Q:
             return self.full_grid(n, kv)
         pos = c.pos[n]
-        S = torch.arange(kv[0][0].size(2), device=n.device)
         column = torch.arange(len(n), device=n.device) - (counts.cumsum(0) - counts)[row]
         grid = pos.new_zeros(B, Q).index_put((row, column), pos)
-        return Context(c.h[n], c.token[n], pos, kv, (row, column), (S <= grid[:, :, None])[:, None])
+        return Context(c.h[n], c.token[n], pos, kv, (row, column), make_mask(grid, kv[0][0].size(2)))
 
     def full_grid(self, n, kv):
         """The Context of queries at the positions n, as many in each row of kv."""
         B, _, S, _ = kv[0][0].shape
         pos = self.c.pos[n]
-        mask = torch.arange(S, device=n.device) <= pos.view(B, -1, 1)
-        return Context(self.c.h[n], self.c.token[n], pos, kv, None, mask[:, None])
+        return Context(self.c.h[n], self.c.token[n], pos, kv, None, make_mask(pos.view(B, -1), S))
 
     def guesses(self, h, n, e):
         """The guessed token of each hidden state (n, C), and its probability, where a trace needs it."""

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from decode import Rows
+from decode import Rows, make_mask
 from diffusion import Denoiser, choose
 from fast.ahead import LookAhead, State, can_look_ahead
 from model import Context
@@ -158,7 +158,7 @@ class FixedRounds:
         self.eot = eot
         self.config = config
         self.tables = tables
-        self.looks_ahead = config.steps > 1 and can_look_ahead(config)
+        self.looks_ahead = can_look_ahead(config)
 
     def write(self, earlier, longest, widest):
         """Write a round. Returns what speculate.accept needs: the grid, n_passes, and no traces."""
@@ -200,7 +200,7 @@ class FixedRounds:
             s = f.start(logits)._replace(done=valid == 0, active=valid == 1)
             return self.pass_on(f, f.advance(s, W), draft)
         c, row, u, x_0, group = self.gather_places(B, K, *draft)
-        c = c._replace(mask=self.make_mask(c.pos.view(B, K)))
+        c = c._replace(mask=make_mask(c.pos.view(B, K), self.rows.store.sizes[1]))
         f = Denoiser(self.model, self.config, self.tables, c, group, x_0, u, logits)
         refined = choose(f.predict(), u[:, 0], self.config.temperature, self.config.top_k)
         return (torch.stack([valid, y, refined, f.nfe, f.nfe * valid, zero, zero]),)
@@ -234,7 +234,7 @@ class FixedRounds:
         columns = []
         for j in range(K):
             at = pos[:, j:j + 1]
-            h, _ = trunk(token[:, None], at, kv, self.make_mask(at))
+            h, _ = trunk(token[:, None], at, kv, make_mask(at, store.sizes[1]))
             logits = trunk.head(h[:, 0]).float()
             y = choose(logits, u[:, j], config.temperature, config.top_k)
             columns.append((logits, y, token, h[:, 0]))
@@ -243,11 +243,6 @@ class FixedRounds:
         ends = (y == self.eot).long()
         valid = ~beyond & (ends.cumsum(1) == ends)                # the first end of text, or before it
         return [z.flatten(0, 1) for z in (logits, y, token, h, pos, n, valid.long())]
-
-    def make_mask(self, pos):
-        """(B, 1, Q, S): each query sees the keys up to its own position, pos (B, Q)."""
-        S = torch.arange(self.rows.store.sizes[1], device=pos.device)
-        return (S <= pos[:, :, None])[:, None]
 
     def gather_places(self, B, K, y, token, h, pos, n, valid):
         """The Context of all places of a draft, and the row, uniform numbers, noise and group of each."""

@@ -371,8 +371,8 @@ def stay_behind(name):
 
 
 def no_mask(monkeypatch):
-    monkeypatch.setattr(FixedRounds, "make_mask", lambda self, pos: torch.ones(
-        len(pos), 1, pos.size(1), self.rows.store.sizes[1], dtype=torch.bool))
+    monkeypatch.setattr(fixed_shapes, "make_mask", lambda pos, S: torch.ones(
+        len(pos), 1, pos.size(1), S, dtype=torch.bool))
 
 
 def wrong_places(monkeypatch):
