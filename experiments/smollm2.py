@@ -35,7 +35,6 @@ from plumbing.trained import load
 from tasks import few_shot, load_problems
 from tasks.problem import encode_problem, make_split
 
-ROWS = 4                            # problems of a batch, which share a generator of noise
 TEMPERATURES = (1.0, 0.7, 0.5, 0.3)
 STEPS = (1, 2, 4, 8, 16, 32)        # of the default grid
 MIDPOINT = (3, 7, 15)               # of the authors' solver, whose last evaluation is at t = 1
@@ -55,12 +54,13 @@ class Config:                       # `--help` prints the comments of this class
     limit: int = 64                 # problems; 0: all
     shots: int = 0                  # worked examples before each problem; with them only T = 1 is measured
     seed: int = 0                   # of the noise
+    rows: int = 4                   # problems of a batch, whose noise is drawn at once
     dtype: str = "bfloat16"         # of the weights
     device: str = "auto"
     out: str = "experiments/smollm2"        # .json and .png are added
 
     def __post_init__(self):
-        at_least(self, limit=0, shots=0, seed=0)
+        at_least(self, limit=0, shots=0, seed=0, rows=1)
         require(not self.shots or self.measure, f"shots={self.shots} needs --measure=RUN")
 
 
@@ -112,8 +112,9 @@ def measure(config):
     require(longest <= model.trunk.config.block_size, f"a problem of {config.split} has {longest} tokens, "
             f"which is beyond the trunk's {model.trunk.config.block_size} positions; use fewer shots")
     asked = {"split": config.split, "limit": config.limit, "shots": config.shots, "seed": config.seed,
-             "weights_sha256": checkpoint["sha256"]}
+             "rows": config.rows, "dtype": config.dtype, "weights_sha256": checkpoint["sha256"]}
     name = f"measured_{config.split}" + (f"_{config.shots}shots" if config.shots else "")
+    name += "_float32" if config.dtype == "float32" else ""
     path = os.path.join(config.measure, f"{name}.json")
     before = read_before(path, asked)
     settings = list_settings(checkpoint, model.path is not None, config.shots)
@@ -121,8 +122,8 @@ def measure(config):
     tables = Tables(model) if model.path is not None else None
     names = ["n", "right", "nll", "entropy", *(f"sampled {tau:g}" for tau in TEMPERATURES)]
     found = {setting: {name: [] for name in names} for setting in settings}
-    for start in tqdm(range(0, len(problems), ROWS), disable=not sys.stderr.isatty()):
-        ids = range(start, min(start + ROWS, len(problems)))
+    for start in tqdm(range(0, len(problems), config.rows), disable=not sys.stderr.isatty()):
+        ids = range(start, min(start + config.rows, len(problems)))
         idx, at, y, _ = load_batch(data, ids, device)
         c = model.read_context(idx, at)
         group = torch.full_like(y, model.no_group)
@@ -147,7 +148,7 @@ def read_before(path, asked):
         return {}
     with open(path) as file:
         record = json.load(file)
-    return record["sums"] if all(record[key] == value for key, value in asked.items()) else {}
+    return record["sums"] if all(record.get(key) == value for key, value in asked.items()) else {}
 
 
 # ------------------------------------------------------------------------------------------- comparing
@@ -174,7 +175,7 @@ def read_runs(config):
     for path in sorted(glob.glob(os.path.join(config.root, "*", f"measured_{config.split}*.json"))):
         with open(path) as file:
             record = json.load(file)
-        if record["limit"] != config.limit:
+        if (record["limit"], record.get("dtype", "bfloat16")) != (config.limit, config.dtype):
             continue
         kind, _, seed = Path(path).parent.name.rpartition("_s")
         kind = "five_shot" if record["shots"] else kind

@@ -10,7 +10,7 @@
 # Sizes, fixed on 2026-11-27, before any result at these sizes was seen:
 #             training         teacher-forced, of test    answers written, of test
 #   CPU       120 steps of 8   the first 64 problems      the first 64 problems
-#   GPU       660 steps of 32  all 1,319 problems         all 1,319 problems
+#   GPU       440 steps of 32  all 1,319 problems         all 1,319 problems
 # Learning rates are those that an earlier prototype chose by validation loss (docs/results/15): L2D and LoRA
 # 6e-4, full finetuning 3e-4, at batches of 32. sigma is 16 on both, so that x_t is read after few examples; the
 # default is 64.
@@ -29,12 +29,14 @@ trunk=${TRUNK:-SmolLM2-135M-Instruct}
 export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=67108864
 
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    size="--batch_size=32 --max_iters=660 --warmup_iters=50 --eval_interval=110 --eval_examples=500"
+    size="--batch_size=32 --max_iters=440 --warmup_iters=50 --eval_interval=440 --eval_examples=256"
     few="--limit=0"
+    rows="--rows=32"
 else
     size="--batch_size=8 --max_iters=120 --warmup_iters=15 --eval_interval=120 --eval_examples=32"
     size+=" --gradient_accumulation_steps=2"    # for memory
     few="--limit=64"
+    rows="--rows=4"
 fi
 
 run() {
@@ -59,11 +61,11 @@ part() {
     paper)      train paper "$2" --path_mode=full --learning_rate=6e-4 --sigma=16 \
                     --path_init=paper --input_scale=unit --time_scale=1 ;;
     # "measure NAME SEED", or "measure NAME SEED --shots=5" for the trunk below it, after five examples
-    measure)    run python experiments/smollm2.py --measure="$root/$2_s$3" $few "${@:4}" ;;
+    measure)    run python experiments/smollm2.py --measure="$root/$2_s$3" $few $rows "${@:4}" ;;
     # answers that the model writes, greedy and at temperature 1
     exact)      for temperature in 0 1; do
                     run python evaluate.py --out_dir="$root/$2_s$3" --split=test --steps="$4" --dtype=bfloat16 \
-                        --temperature=$temperature --mistakes=0 $few
+                        --temperature=$temperature --mistakes=0 $few "${@:5}"
                 done ;;
     compare)    run python experiments/smollm2.py --root="$root" $few ;;
     unroll)     train unroll "$2" --path_mode=full --learning_rate=6e-4 --sigma=16 --unroll=4 ;;
