@@ -44,6 +44,7 @@ from bench.training import measure_training, random_batch
 from configurator import UserError
 from decode import DecodingConfig
 from diffusion import Tables
+from fast.fixed_shapes import STORES
 from plumbing.batches import count_cache_bytes
 from plumbing.dataset import load_batch
 from plumbing.device import pick_device, pick_dtype
@@ -311,9 +312,10 @@ def count_needed(model, batch, length):
 
 
 def measure_memory(f, device):
-    """Bytes that the allocator has taken from a GPU at the most, in a run of f. None on a CPU."""
+    """Bytes that the allocator has taken from a GPU at the most, in a first run of f. None on a CPU."""
     if device.type != "cuda":
         return None
+    STORES.clear()                                                # else what earlier runs have kept counts, too
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     f()
