@@ -153,7 +153,10 @@ def main(argv=None):
         run_report(config, result, {name: ITEMS[name] for name in ITEMS if name in names})
     else:
         if config.decode:
-            result["decode"] = measure_decoding(config, device, dtype)
+            result["decode"] = {}
+            for batch, measured in measure_decoding(config, device, dtype):
+                result["decode"][batch] = measured
+                write_json(config.out, result, levels=4)
         if config.train:
             result["train"] = measure_training(config, device, dtype)
         write_json(config.out, result, levels=4)

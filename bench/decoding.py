@@ -193,15 +193,13 @@ def make_variants(config, options, stops, shares, changes):
 
 # ------------------------------------------------------------------------------------------------ measured
 def measure_decoding(config, device, dtype):
-    """Measure each variant beside plain decoding. Prints a table for each batch; returns {batch: result}."""
+    """Measure each variant beside plain decoding. For each size of batch prints a table, and yields it and the result."""
     job = choose_job(config, device, dtype)
     plain, _, _ = job.variants["plain"]
     baseline = make_baseline(job.model.trunk, job.eot, plain.max_new_tokens) if config.baseline else None
     pack(job.model)
-    results = {}
     for batch in parse_numbers(config.batch):
-        results[batch] = measure_batch(config, job, batch, baseline, device, dtype)
-    return results
+        yield batch, measure_batch(config, job, batch, baseline, device, dtype)
 
 
 def measure_batch(config, job, batch, baseline, device, dtype):

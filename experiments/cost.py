@@ -1,8 +1,8 @@
 r"""
 What steps cost: the time per token against T, with and without speculation, drawn from what bench wrote.
 
-    python -m bench --out_dir=demo --steps=4,16,64 --draft=0,16 --ahead=0,1000 --stop=0 \
-        --batch=1,8 --repeats=3 --out=experiments/bench_steps.json
+    python -m bench --out_dir=demo --steps=2,4,8,16,32,64 --draft=0,16 --ahead=0,1000 --stop=0 \
+        --batch=1,8,64 --repeats=3 --out=experiments/bench_steps.json
     python experiments/cost.py                  # experiments/cost.png, and the table of docs/COST.md
 """
 import json
