@@ -17,6 +17,7 @@ Then the timings, the most important first:
 Each has a time limit. They run in a process of their own: where one hangs, that process is ended, and a new
 one goes on with the rest. The results are written after each. `--only=NAME,NAME` runs these alone.
 """
+import gc
 import multiprocessing
 import os
 import re
@@ -296,7 +297,7 @@ def time_decoding(config, device, dtype, batch=1):
         row["ms a token"] = spread(1e3 * s / row["tokens"] * batch for s in seconds[name])
         row["tokens/s"] = spread(row["tokens"] / s for s in seconds[name])
         row["x as fast"] = spread(a / b for a, b in zip(eager, seconds[name]))
-        taken = measure_memory(runs[name], device)
+        taken = measure_memory(runs[name], model, device)
         row["GB"] = taken and taken / 1e9
         row["x needed"] = taken and taken / needed
     print(f"\ndecoding {config.model}, batch {batch}, {name_of(dtype)}")
@@ -311,15 +312,17 @@ def count_needed(model, batch, length):
     return weights + batch * count_cache_bytes(model, length) + logits
 
 
-def measure_memory(f, device):
-    """Bytes that the allocator has taken from a GPU at the most, in a first run of f. None on a CPU."""
+def measure_memory(f, model, device):
+    """Bytes that the allocator takes from a GPU for the model and for a first run of f. None on a CPU."""
     if device.type != "cuda":
         return None
-    STORES.clear()                                                # else what earlier runs have kept counts, too
+    STORES.clear()                                                # what graphs of earlier runs hold
+    gc.collect()
     torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()                        # with other models in this process
     torch.cuda.reset_peak_memory_stats()
     f()
-    return torch.cuda.max_memory_reserved()
+    return torch.cuda.max_memory_reserved() - before + sum(p.nbytes for p in model.parameters())
 
 
 def first_run(f, device):

@@ -52,6 +52,7 @@ class Config:                       # `--help` prints the comments of this class
     measure: str = ""               # measure this run; empty: compare all that have been measured
     split: str = "test"             # val while anything is still chosen
     limit: int = 64                 # problems; 0: all
+    settings: str = ""              # measure these alone, such as T=2,T=16; empty: all
     shots: int = 0                  # worked examples before each problem; with them only T = 1 is measured
     seed: int = 0                   # of the noise
     rows: int = 4                   # problems of a batch, whose noise is drawn at once
@@ -118,7 +119,11 @@ def measure(config):
     path = os.path.join(config.measure, f"{name}.json")
     before = read_before(path, asked)
     settings = list_settings(checkpoint, model.path is not None, config.shots)
-    settings = {setting: sampler for setting, sampler in settings.items() if setting not in before}
+    wanted = config.settings.split(",") if config.settings else list(settings)
+    for setting in wanted:
+        require(setting in settings, f"settings={setting!r} cannot be measured on {config.measure}; choose from "
+                f"{', '.join(settings)}")
+    settings = {setting: settings[setting] for setting in wanted if setting not in before}
     tables = Tables(model) if model.path is not None else None
     names = ["n", "right", "nll", "entropy", *(f"sampled {tau:g}" for tau in TEMPERATURES)]
     found = {setting: {name: [] for name in names} for setting in settings}
@@ -192,8 +197,9 @@ def compare(runs):
     means = {}                      # {(kind, setting, number): (problems,), the mean over seeds}
     rows = []
     for kind, by_seed in runs.items():
-        for setting in next(iter(by_seed.values()))["sums"]:
-            of_seeds = [record["sums"][setting] for record in by_seed.values()]
+        measured = [record["sums"] for record in by_seed.values()]
+        for setting in [setting for setting in measured[0] if all(setting in sums for sums in measured)]:
+            of_seeds = [sums[setting] for sums in measured]
             assert all(sums["n"] == n for sums in of_seeds), "runs were measured on other problems"
             row = {"kind": kind, "setting": setting, "seeds": list(by_seed)}
             for name in of_seeds[0]:

@@ -38,7 +38,7 @@ def root(l2d, trunk, tmp_path_factory):
 
 
 def sums_of(root, name):
-    return json.loads((root / name / "measured_val.json").read_text())["sums"]
+    return json.loads((root / name / "measured_val_float32.json").read_text())["sums"]
 
 
 def test_the_numbers_are_those_of_evaluate(root, l2d, tmp_path, monkeypatch, capsys):
@@ -78,7 +78,7 @@ def test_what_is_measured(root):
 
 def test_comparison(root, tmp_path, capsys):
     """Means over seeds, and a difference, worked out here from the files."""
-    smollm2.main([f"--root={root}", "--split=val", "--limit=10", f"--out={tmp_path / 'found'}"])
+    smollm2.main([f"--root={root}", "--split=val", "--limit=10", "--dtype=float32", f"--out={tmp_path / 'found'}"])
     found = json.loads((tmp_path / "found.json").read_text())
     rows = {(row["kind"], row["setting"]): row for row in found["rows"]}
     each = [sums_of(root, f"l2d_s{seed}") for seed in (0, 1)]
@@ -119,7 +119,7 @@ def test_five_examples_come_before_the_problem(l2d, tmp_path):
     shutil.copytree(l2d, tmp_path / "l2d_s0")
     options = [f"--measure={tmp_path / 'l2d_s0'}", "--split=val", "--limit=1", "--dtype=float32"]
     smollm2.main([*options, "--shots=1"])
-    found = json.loads((tmp_path / "l2d_s0/measured_val_1shots.json").read_text())
+    found = json.loads((tmp_path / "l2d_s0/measured_val_1shots_float32.json").read_text())
     assert list(found["sums"]) == ["T=1"] and found["shots"] == 1
     says(error_of(smollm2.main, [*options, "--shots=5"]), "128 positions", "use fewer shots")
 
@@ -138,6 +138,17 @@ def test_the_published_numbers_follow_from_the_published_sums(tmp_path, capsys):
 def test_errors(tmp_path):
     says(error_of(smollm2.main, [f"--root={tmp_path}"]), "no run in", "--measure=RUN")
     says(error_of(smollm2.main, ["--shots=5"]), "shots=5", "--measure=RUN")
+
+
+def test_some_settings_alone_and_then_the_others(root, tmp_path):
+    """What is measured in two parts is what is measured at once. An unknown setting is refused by its name."""
+    shutil.copytree(root / "l2d_s0", tmp_path / "l2d_s0", ignore=shutil.ignore_patterns("measured*"))
+    options = [f"--measure={tmp_path / 'l2d_s0'}", "--split=val", "--limit=10", "--dtype=float32"]
+    smollm2.main([*options, "--settings=T=16,T=2"])
+    assert set(sums_of(tmp_path, "l2d_s0")) == {"T=2", "T=16"}
+    smollm2.main(options)
+    assert sums_of(tmp_path, "l2d_s0") == sums_of(root, "l2d_s0")
+    says(error_of(smollm2.main, [*options, "--settings=T=2,T=5"]), "T=5", "T=4")
 
 
 def test_every_command_has_options_that_exist():
