@@ -193,7 +193,7 @@ def make_variants(config, options, stops, shares, changes):
 
 # ------------------------------------------------------------------------------------------------ measured
 def measure_decoding(config, device, dtype):
-    """Measure each variant beside plain decoding. Prints a table for each batch, and yields (batch, result)."""
+    """Measure each variant beside plain decoding. Prints each table, and yields (batch, result)."""
     job = choose_job(config, device, dtype)
     plain, _, _ = job.variants["plain"]
     baseline = make_baseline(job.model.trunk, job.eot, plain.max_new_tokens) if config.baseline else None

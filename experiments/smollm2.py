@@ -121,7 +121,7 @@ def measure(config):
     settings = list_settings(checkpoint, model.path is not None, config.shots)
     wanted = config.settings.split(",") if config.settings else list(settings)
     for setting in wanted:
-        require(setting in settings, f"settings={setting!r} cannot be measured on {config.measure}; choose from "
+        require(setting in settings, f"settings={setting!r} is unknown for {config.measure}; there are "
                 f"{', '.join(settings)}")
     settings = {setting: settings[setting] for setting in wanted if setting not in before}
     tables = Tables(model) if model.path is not None else None

@@ -148,7 +148,7 @@ def test_some_settings_alone_and_then_the_others(root, tmp_path):
     assert set(sums_of(tmp_path, "l2d_s0")) == {"T=2", "T=16"}
     smollm2.main(options)
     assert sums_of(tmp_path, "l2d_s0") == sums_of(root, "l2d_s0")
-    says(error_of(smollm2.main, [*options, "--settings=T=2,T=5"]), "T=5", "T=4")
+    says(error_of(smollm2.main, [*options, "--settings=T=2,T=5"]), "T=5", "unknown", "T=4")
 
 
 def test_every_command_has_options_that_exist():
