@@ -22,7 +22,7 @@ class DecodingConfig(SamplerConfig):  # `--help` prints the comments of this cla
     # how a text is written
     max_new_tokens: int = 320
     draft: int = 16                 # most tokens that the trunk drafts at once; 0: none
-    ahead: int = 1000               # most evaluations of a token in one pass; 0: no such speculation
+    ahead: int = 1000               # most evaluations of a token in one pass; 0: one after another
     seed: int = 0
     graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs. auto: on a GPU, but for adaptive and traces
 
@@ -159,7 +159,7 @@ def denoiser_class(config):
 class Rows:
     """The B texts that are still being written."""
     out: list                       # the Continuation of each
-    positions: list                 # the position of each row's last token. Numbers: shapes depend on them
+    positions: list                 # the position of each row's last token; a list, as shapes depend on it
     token: torch.Tensor             # (B,) that token
     h: torch.Tensor                 # (B, C) the trunk's hidden state there (in speculate.py None: not known)
     group: torch.Tensor             # (B,) guidance groups

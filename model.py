@@ -11,14 +11,14 @@ Words:
     pair         trunk and path together: class L2D.
     T            the number of predictions per token, option --steps. T = 1 is the trunk alone.
     evaluation   one of these T predictions. The first, at t = 0, is the trunk's own.
-    path call    one run of the path for one token. Each of the other T - 1 evaluations takes one, and with
-                 guidance a second one.
+    path call    one run of the path for one token. Each of the other T - 1 evaluations takes one. With
+                 guidance, which needs a second prediction, all but the last take two.
     solver step  a move of x_t from one time to a later one, along the velocity of Eq. 4. Euler's solver takes
-                 one evaluation for each step, others take two.
+                 one evaluation for each step, the midpoint method takes two.
 
 Shapes and symbols, here and in diffusion.py:
     B           rows of a batch                            V_size  size of the vocabulary
-    S           length of the sequence, and the keys that a query may see
+    S           number of keys: the length of the texts
     Q           queries of a row; without a cache, Q = S
     C, L, H     n_embd, n_layer, n_head
     N           positions at which a token is predicted, as a flat list: in training the targets of a batch,

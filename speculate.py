@@ -1,9 +1,9 @@
 """
 The same texts sooner, by two kinds of speculation. The paper has neither (deviation 14).
 
-Decoding is slow because each pass through a network reads all of its weights to serve one position. A pass
-that serves several positions takes hardly longer. So we assume what will be needed, compute it all in one
-pass, check the assumptions, and throw away what was assumed wrongly.
+A *pass* is one run of the trunk or of the path. Decoding is slow because each pass reads all weights to serve
+one position. A pass that serves several positions takes hardly longer. So we assume what will be needed,
+compute it all in one pass, check the assumptions, and throw away what was assumed wrongly.
 
 **Ahead in time.** All evaluations of a token are made at once, on the assumption that its guess stays. See
 fast/ahead.py.
@@ -17,8 +17,8 @@ The draft model of this speculative decoding (Leviathan et al. 2023) is the trun
 the kept tokens are needed anyway.
 
 Why the text does not change. An evaluation at position k reads x_t of k and the trunk's keys and values at
-positions up to k. The noise is fixed by the seed, the text and the position. So it depends only on the tokens
-and the guesses before it. Every evaluation that is kept was computed from the right ones.
+positions up to k. The noise is fixed by the seed, the text and the position. So an evaluation depends only on
+the tokens and the guesses before it. Every evaluation that is kept was computed from the right ones.
 """
 from functools import partial
 from typing import NamedTuple
@@ -36,8 +36,8 @@ from plumbing.costs import choose_sizes, measure_costs
 def generate(model, prompts, eot, config, group=None, ids=None, trace=False, tables=None):
     """Continue B prompts. Returns B Continuations; arguments as in decode.generate_batch.
 
-    With --draft=0 and --ahead=0, or with T = 1, decode.py does it, and for one prompt in the plain way. On a
-    GPU everything that fixed shapes can do goes through generate_in_rounds.
+    With T = 1, or where neither drafts nor looking ahead are possible, decode.py does it. One prompt is then
+    written in the plain way. What goes through fixed shapes goes through generate_in_rounds, too.
     """
     fixed = in_fixed_shapes(model, config, trace)
     if fixed or config.steps > 1 and (config.draft > 0 or can_look_ahead(config)):

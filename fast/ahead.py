@@ -22,7 +22,7 @@ HEAD_ROWS = 256                     # hidden states that the head turns into log
 
 
 def can_look_ahead(config):
-    """Whether there is an x_t to foresee, and it can be foreseen.
+    """Whether several path calls can be made at once: at times that are known, with guesses that may stay.
 
     With T = 2 there is one path call, and nothing ahead of it. A mean guess changes at every evaluation, if
     only a little.
@@ -59,7 +59,7 @@ class State(NamedTuple):
     known: torch.Tensor             # (N,) evaluations that are known
     end: torch.Tensor               # (N,) the last evaluation: E - 1, or less with --stop
     done: torch.Tensor              # (N,) whether the token is chosen
-    active: torch.Tensor            # (N,) neither done nor behind a token that may differ from its draft
+    active: torch.Tensor            # (N,) False if done, or behind a token that may differ from its draft
     y: torch.Tensor                 # (N,) the tokens that come out; the draft's, where it is not done
     computed: torch.Tensor          # (N,) path calls so far
     p: torch.Tensor                 # (N, E, G) the probability of each guess, for a trace; else (0,)
@@ -111,8 +111,8 @@ class LookAhead:
         replay = self.replay(s.guess)
         E = len(replay.times)
         e = torch.arange(E, device=self.row.device)
-        last = torch.minimum(s.known + W, s.end + 1)              # (N,) the end of each window
-        window = (e >= s.known[:, None]) & (e < last[:, None]) & s.active[:, None]         # (N, E)
+        window_end = torch.minimum(s.known + W, s.end + 1)        # (N,)
+        window = (e >= s.known[:, None]) & (e < window_end[:, None]) & s.active[:, None]   # (N, E)
         asked = window[:, :, None]
         if s.guess.size(2) == 2:                                  # the last evaluation is not guided
             asked = torch.stack([window, window & (e < E - 1)], 2)                         # (N, E, G)
@@ -120,12 +120,12 @@ class LookAhead:
         h = self.query(replay, *at)
         guess, p = self.guesses(h, *at[:2])
         found = s.guess.index_put(at, guess)
-        differs = (asked & (found != s.guess)).any(2)
-        first = torch.where(differs, e, E).amin(1)                # (N,) the first that differs, or E
-        newest = found.gather(1, first.clamp(max=E - 1)[:, None, None].expand(-1, 1, found.size(2)))
-        behind = (e >= first[:, None])[:, :, None]
+        differs = (asked & (found != s.guess)).any(2)             # what was not asked for does not count
+        wrong = torch.where(differs, e, E).amin(1)                # (N,) the first that differs, or E
+        newest = found.gather(1, wrong.clamp(max=E - 1)[:, None, None].expand(-1, 1, found.size(2)))
+        behind = (e >= wrong[:, None])[:, :, None]
         s = s._replace(guess=torch.where(behind, newest, s.guess),             # assume that the new one stays
-                       known=torch.where(s.active, torch.minimum(first + 1, last), s.known),
+                       known=torch.where(s.active, torch.minimum(wrong + 1, window_end), s.known),
                        computed=s.computed + asked.sum((1, 2)))
         if self.trace:
             s = s._replace(p=s.p.index_put(at, p))
@@ -188,7 +188,8 @@ class LookAhead:
         if len(n) == B * Q:
             return self.full_grid(n, kv)
         pos = c.pos[n]
-        column = torch.arange(len(n), device=n.device) - (counts.cumsum(0) - counts)[row]
+        first = counts.cumsum(0) - counts                         # the first query of each row
+        column = torch.arange(len(n), device=n.device) - first[row]          # place of a query in its row
         grid = pos.new_zeros(B, Q).index_put((row, column), pos)
         return Context(c.h[n], c.token[n], pos, kv, (row, column), make_mask(grid, kv[0][0].size(2)))
 
@@ -241,7 +242,8 @@ class LookAhead:
             last = s.guess[:, :, 0].gather(1, s.end[:, None])[:, 0]
             return s._replace(y=torch.where(new, last, s.y), done=s.done | new)
         n = self.choose_some(new)
-        query = torch.zeros_like(s.guess).index_put(at, torch.arange(len(h), device=h.device))
+        which = torch.arange(len(h), device=h.device)
+        query = torch.zeros_like(s.guess).index_put(at, which)    # the query of each evaluation
         y = s.y
         for some in n.split(HEAD_ROWS) if len(n) else ():
             logits = self.model.trunk.head(h[query[some, s.end[some], 0]]).float()
@@ -250,7 +252,10 @@ class LookAhead:
         return s._replace(y=y, done=s.done | new)
 
     def behind_a_doubt(self, s):
-        """(N,) whether an earlier position of the row differs from its draft, or its guess does so by now."""
+        """(N,) whether an earlier token of the row differs from its draft, or may do so.
+
+        It may where it is not done and its newest guess differs. When sampling, a guess does not tell.
+        """
         guess = s.guess[:, :, 0].gather(1, (s.known - 1)[:, None])[:, 0]
         doubt = ~s.done & (guess != self.draft) & (self.config.temperature == 0)
         doubt |= s.done & (s.y != self.draft)

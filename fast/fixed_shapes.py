@@ -3,7 +3,8 @@ The rounds of speculate.py in fixed shapes, which a GPU can replay as CUDA graph
 
 A round begins with three numbers a row: its last token, that token's position, and how many tokens are new.
 The function FixedRounds.begin makes of them a draft of K tokens, and the first pass of the path over all B K
-positions. Where guesses changed, FixedRounds.go_on makes a further pass. The host only reads what came out.
+positions. Where guesses changed, or windows are short, FixedRounds.go_on makes a further pass. The host only
+reads what came out.
 
     keys, values, noise    They lie in a Store, as large as the texts may become. A mask, which is made from
                            the positions inside of the function, hides what is behind a query.
@@ -26,8 +27,8 @@ from model import Context
 from plumbing.costs import choose_shape, time_of
 from plumbing.graphs import Graphs
 
-PLAIN = 4                           # tokens of a round with T = 1: a text's last round wastes some of them
-FEW_QUERIES = 512                   # a pass over so many costs little more than over one: the widest window
+PLAIN = 4                           # tokens of a round with T = 1. A text's last round may waste three
+FEW_QUERIES = 512                   # up to so many queries in a pass, the widest window alone is tried
 STORES = WeakKeyDictionary()        # {model: its Store}. A Store must not hold the model, only its weights
 
 
@@ -36,7 +37,8 @@ class Store:
     """What the rows of a batch keep, at fixed addresses: keys and values, groups, noise. And graphs on it.
 
     sizes: (B, S, M, D, U), the most rows, positions, new tokens, dimensions of the token space and uniform
-    numbers. kv: from the trunk; it has the other sizes. All begins at 0: what a mask hides must be finite.
+    numbers. kv: from the trunk; says how many layers and heads there are. All begins
+    at 0: what a mask hides must be finite.
     """
     def __init__(self, model, tables, sizes, kv):
         weight = model.trunk.wte.weight
@@ -69,7 +71,8 @@ def find_store(model, tables, sizes, kv):
     """The model's Store, or a new one where it is too small, or holds for other weights or tables."""
     store = STORES.get(model)
     if store is not None and store.weight == model.trunk.wte.weight.data_ptr():
-        if tables is None or store.tables in (None, tables):
+        # a graph reads the very tensors that it was recorded with
+        if tables is None or store.tables is None or store.tables is tables:
             if all(a <= b for a, b in zip(sizes, store.sizes)):
                 store.tables = store.tables or tables
                 return store
@@ -116,7 +119,10 @@ class FixedRows(Rows):
             self.B = B
 
     def numbers(self):
-        """(3, B): the last token of each place, its position, and how many tokens are new. Idle: all are."""
+        """(3, B): the last token of each place, its position, and how many tokens are new.
+
+        An idle place counts as full (max_new_tokens), so that nothing it drafts is valid.
+        """
         numbers = torch.zeros(3, self.B, dtype=torch.long)
         numbers[2] = self.max_new_tokens
         n_new = [out.predicted for out in self.out]
@@ -186,8 +192,8 @@ class FixedRounds:
     def begin(self, shape, numbers):
         """A draft, and the first pass of the path. numbers: from FixedRows.numbers.
 
-        Returns the grid (7, N), with what speculate.accept needs and at last what is active; and, for go_on,
-        the tensors of the draft and of the State.
+        Returns the grid (7, N), with what speculate.accept needs and at last what is active. When looking
+        ahead also, for go_on, what write_draft returns without the logits, and the tensors of the State.
         """
         B, K, W = shape
         logits, *draft = self.write_draft(B, K, numbers)
@@ -275,7 +281,7 @@ class FixedRounds:
         return rows.B, *choose_shape(rows.out, earlier, self.config, seconds)
 
     def measure(self, K, W):
-        """Seconds of begin and of go_on in this shape. Measured once for numbers of rows that are similar.
+        """Seconds of begin and of go_on in this shape. Measured for 1 to 4 rows, 5 to 32, and more.
 
         It changes nothing: begin writes keys and values behind the last token, where the next round does so.
         """

@@ -25,7 +25,7 @@ def count_row_bytes(model, config, longest):
     length = min(longest + config.max_new_tokens, model.trunk.config.block_size)
     keys_and_values = count_cache_bytes(model, length)
     noise = 4 * config.max_new_tokens
-    logits = 2 * 4 * n_vocab
+    logits = 4 * n_vocab * 8                                      # four tokens a round on a GPU, and stacked
     queries = longest                                             # of one pass; first it reads the prompt
     if config.steps > 1:
         draft = max(1, config.draft)
@@ -33,7 +33,7 @@ def count_row_bytes(model, config, longest):
         noise *= model.path.config.x_dim + 1 + config.steps
         logits = 4 * n_vocab * (6 * draft + window)               # about six copies of them for each position
         queries = max(queries, draft * window)
-    held = 16 * 4 * C * queries                                   # by a block, and by conditions of the path
+    held = 16 * 4 * C * queries                                   # one block, and the path's conditions
     return 2 * keys_and_values + noise + logits + held            # twice: they are copied as they grow
 
 

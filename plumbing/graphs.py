@@ -5,9 +5,9 @@ On a GPU a small model waits for its host, which takes 5 to 20 microseconds to s
 hundreds of them at once. It does exactly what was recorded, on the same addresses. So a function that is to
 be recorded
     takes tensors and returns a tuple of tensors, whose shapes follow from those that it takes;
-    reads nothing else but constants, which must stay where they are: weights, tables, and the cache, into
-    which it may write;
-    reads no number back to the host, and makes no tensor from the host's numbers;
+    reads, besides these, only tensors that stay at their addresses: weights, tables, and the cache. It may
+    write into the cache;
+    reads no number back to the host, and copies none from it (torch.arange and the like are allowed);
     may run twice with the same inputs, since a first run warms up.
 tests/test_graphs.py has a class in place of Graphs that checks all of this on a CPU.
 """

@@ -25,7 +25,7 @@ def compiles(device):
 
 
 def compile_blocks(model, **options):
-    """Compile in place what repeats: every block of the trunk and of the path, and the head with its loss.
+    """Compile, in place, every block of the trunk and of the path, and the head with its loss.
 
     Blocks of one kind share their kernels, which serve all lengths of a batch. So the time to compile does
     not grow with the number of layers. options: of torch.compile.

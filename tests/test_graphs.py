@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 import decode
 from bench.decoding import write
 from decode import DecodingConfig
+from diffusion import Tables
 from fast import fixed_shapes
-from fast.fixed_shapes import STORES, FixedRounds, FixedRows, round_up
+from fast.fixed_shapes import STORES, FixedRounds, FixedRows, find_store, round_up
 from plumbing.costs import choose_shape
 from plumbing.graphs import Graphs
 from speculate import generate, in_fixed_shapes
@@ -504,3 +505,17 @@ def test_speculate_decides(model):
     for more, fixed in ((dict(solver="adaptive"), False), (dict(stop=0.3), True), (dict(stop=0.3, ahead=0), False),
                         (dict(guess="mean"), True), (dict(ahead=0), True), (dict(steps=1), True)):
         assert in_fixed_shapes(model, dataclasses.replace(on, **more), False) == fixed, more
+
+
+def test_other_tables_of_the_same_model_get_a_store_of_their_own():
+    """Its graphs read the very tensors of the tables that they were recorded with, equal ones will not do."""
+    model = wild_pair()
+    first, second = Tables(model), Tables(model)
+    for tables in (first, second):
+        tables.at((0.0, 0.5))
+    _, kv = model.trunk(torch.zeros(1, 1, dtype=torch.long))
+    sizes = 1, 8, 4, model.path.config.x_dim, 1
+    store = find_store(model, first, sizes, kv)
+    assert find_store(model, first, sizes, kv) is store and find_store(model, None, sizes, kv) is store
+    assert find_store(model, second, sizes, kv) is not store
+    STORES.pop(model, None)
