@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from bench.timing import print_table
+from configurator import require, run
 
 ON = ", graphs on"
 
@@ -82,6 +83,7 @@ def make_rows(result):
 
 
 def main():
+    require(len(sys.argv) == 2, "which folder? python -m bench.targets out/on_a_gpu")
     result = read_results(sys.argv[1])
     print(f"\n{result.get('machine', 'no report')}, torch {result.get('torch', '?')}, "
           f"commit {result.get('commit', '?')}")
@@ -89,4 +91,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

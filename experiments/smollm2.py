@@ -223,6 +223,10 @@ def list_pairs(kind, settings):
         for many, few in (("T=32", "T=16"), ("midpoint T=15", "midpoint T=7"),
                           ("T=16", f"T=2 to t={LAST:.4g}"), ("T=16", f"T=4 to t={LAST:.4g}")):
             yield f"{number}: {many} minus {few}", (kind, many, number), (kind, few, number)
+    if kind != "l2d":
+        for number in ("right", "sampled 1", "nll", "entropy"):
+            for setting in settings:
+                yield f"{number}: {setting} minus l2d's", (kind, setting, number), ("l2d", setting, number)
     for setting in ("T=16", "midpoint T=15"):
         many = kind, setting, "sampled 1"
         yield f"{setting} at temperature 1 minus T=2 greedy", many, (kind, "T=2", "right")

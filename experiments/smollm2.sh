@@ -69,10 +69,15 @@ part() {
                 done ;;
     compare)    run python experiments/smollm2.py --root="$root" $few ;;
     unroll)     train unroll "$2" --path_mode=full --learning_rate=6e-4 --sigma=16 --unroll=4 ;;
+    *)          echo "error: no part is called '$1'; the parts stand in the function part of $0" >&2; exit 2 ;;
     esac
 }
 
-if [ $# -gt 0 ]; then part "$@"; exit; fi
+case $#-${1:-} in
+0-) ;;                                          # everything
+1-data | 1-compare | [2-9]-*) part "$@"; exit ;;
+*)  echo "error: '$*' lacks a seed, such as in: $0 l2d 0" >&2; exit 2 ;;
+esac
 part data
 for seed in 0 1 2; do
     for name in l2d full lora; do part $name $seed; part measure $name $seed; done
