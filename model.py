@@ -12,7 +12,7 @@ Words:
     T            the number of predictions per token, option --steps. T = 1 is the trunk alone.
     evaluation   one of these T predictions. The first, at t = 0, is the trunk's own.
     path call    one run of the path for one token. Each of the other T - 1 evaluations takes one. With
-                 guidance, which needs a second prediction, all but the last take two.
+                 guidance (Eq. 7) all but the last take two.
     solver step  a move of x_t from one time to a later one, along the velocity of Eq. 4. Euler's solver takes
                  one evaluation for each step, the midpoint method takes two.
 
@@ -23,7 +23,7 @@ Shapes and symbols, here and in diffusion.py:
     C, L, H     n_embd, n_layer, n_head
     N           positions at which a token is predicted, as a flat list: in training the targets of a batch,
                 in decoding one position (or several) of each row
-    D           x_dim, size of the token space             V       (V_size, D), the table of Eq. 5
+    D           x_dim, the size of a token's point V_y     V       (V_size, D), the table of Eq. 5
     x_t         (N, D)  noised token embedding             t       (N,) in [0, 1]: 0 is noise, 1 is data
     w_d         (N, C)  weight of the path (Eq. 6), exactly 0 at t = 0
     kv          a list of L tuples (k, v), each (B, H, S, C/H): the trunk's keys and values
