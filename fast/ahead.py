@@ -142,7 +142,9 @@ class LookAhead:
         s = self.start(trunk_logits)
         self.n_passes = 0
         while s.active.any():
-            s = self.advance(s, W)
+            new = self.advance(s, W)
+            # the same tensor, where no guess has changed: then x_t at all times is still known
+            s = new._replace(guess=s.guess) if torch.equal(new.guess, s.guess) else new
             self.n_passes += 1
         return s
 

@@ -83,11 +83,12 @@ def choose_sizes(out, earlier, config, longest, widest, costs):
     that K and W may be. costs: from measure_costs.
     """
     trunk, path, operation = costs
-    bookkeeping = (1000 + 30 * config.steps) * operation          # of a round; fitted to the demo on a CPU
     B = len(out)
 
     def seconds(K, W, calls, again, share):
-        first = bookkeeping + K * trunk + calls * interpolate(path, B * K * W)
+        of_a_pass = 300 + B * K * config.steps / 7                # in small operations. Fitted to
+        of_a_round = 700 + 30 * config.steps + (calls + again) * of_a_pass    # the demo on a CPU
+        first = of_a_round * operation + K * trunk + calls * interpolate(path, B * K * W)
         return first + again * interpolate(path, max(1, B * share) * W)
     sizes = [(K, W) for K in powers_of_two(longest) for W in powers_of_two(widest)]
     return least_time(out, earlier, config, sizes, seconds)
