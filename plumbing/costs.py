@@ -86,8 +86,9 @@ def choose_sizes(out, earlier, config, longest, widest, costs):
     B = len(out)
 
     def seconds(K, W, calls, again, share):
-        of_a_pass = 300 + B * K * config.steps / 7                # in small operations. Fitted to
-        of_a_round = 700 + 30 * config.steps + (calls + again) * of_a_pass    # the demo on a CPU
+        # what is neither trunk nor path, counted in small operations. Fitted to the demo on a CPU
+        of_a_pass = 300 + B * K * config.steps / 7
+        of_a_round = 700 + 30 * config.steps + (calls + again) * of_a_pass
         first = of_a_round * operation + K * trunk + calls * interpolate(path, B * K * W)
         return first + again * interpolate(path, max(1, B * share) * W)
     sizes = [(K, W) for K in powers_of_two(longest) for W in powers_of_two(widest)]
