@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from bench.compact_json import write_json
 from configurator import at_least, configure, require, run
-from diffusion import Denoiser, SamplerConfig, Tables
+from diffusion import UNROLLED, Denoiser, SamplerConfig, Tables
 from evaluate import judge
 from plumbing.dataset import load_batch
 from plumbing.provenance import provenance, pyplot
@@ -40,6 +40,7 @@ STEPS = (1, 2, 4, 8, 16, 32)        # of the default grid
 MIDPOINT = (3, 7, 15)               # of the authors' solver, whose last evaluation is at t = 1
 LAST = 15 / 16                      # the last time of the default grid from T = 16 on
 TIMES = ((2, 0.001), (2, LAST), (4, LAST))      # T and its last time: is it the steps, or only the time?
+SWAPPED = (2, 4, 16)                # T of each path with the other's sampler: is it the training, or the sampler?
 KINDS = {"l2d": "L2D", "lora_path": "L2D, LoRA path", "paper": "L2D, the paper's start and input",
          "unroll": "L2D, trained through Algorithm 1", "lora": "LoRA", "full": "full finetuning",
          "five_shot": "trunk, five examples"}
@@ -76,6 +77,11 @@ def list_settings(checkpoint, has_path, shots):
             settings[f"midpoint T={T}"] = SamplerConfig(steps=T, solver="midpoint", t_end=1.0)
         for T, t_end in TIMES:
             settings[f"T={T} to t={t_end:.4g}"] = SamplerConfig(steps=T, t_end=t_end)
+        for T in SWAPPED:
+            settings[f"held T={T}"] = SamplerConfig(steps=T, **UNROLLED)
+    else:
+        for T in SWAPPED:
+            settings[f"Euler T={T}"] = SamplerConfig(steps=T)
     return settings
 
 
