@@ -40,7 +40,7 @@ STEPS = (1, 2, 4, 8, 16, 32)        # of the default grid
 MIDPOINT = (3, 7, 15)               # of the authors' solver, whose last evaluation is at t = 1
 LAST = 15 / 16                      # the last time of the default grid from T = 16 on
 TIMES = ((2, 0.001), (2, LAST), (4, LAST))      # T and its last time: is it the steps, or only the time?
-SWAPPED = (2, 4, 16)                # T of each path with the other's sampler: is it the training, or the sampler?
+SWAPPED = (2, 4, 16)                # T with the sampler of the other training: which of the two does it?
 KINDS = {"l2d": "L2D", "lora_path": "L2D, LoRA path", "paper": "L2D, the paper's start and input",
          "unroll": "L2D, trained through Algorithm 1", "lora": "LoRA", "full": "full finetuning",
          "five_shot": "trunk, five examples"}
@@ -203,11 +203,11 @@ def compare(runs):
     means = {}                      # {(kind, setting, number): (problems,), the mean over seeds}
     rows = []
     for kind, by_seed in runs.items():
-        measured = [record["sums"] for record in by_seed.values()]
-        for setting in [setting for setting in measured[0] if all(setting in sums for sums in measured)]:
-            of_seeds = [sums[setting] for sums in measured]
+        for setting in dict.fromkeys(setting for record in by_seed.values() for setting in record["sums"]):
+            seeds = [seed for seed, record in by_seed.items() if setting in record["sums"]]
+            of_seeds = [by_seed[seed]["sums"][setting] for seed in seeds]
             assert all(sums["n"] == n for sums in of_seeds), "runs were measured on other problems"
-            row = {"kind": kind, "setting": setting, "seeds": list(by_seed)}
+            row = {"kind": kind, "setting": setting, "seeds": seeds}
             for name in of_seeds[0]:
                 if name == "n":
                     continue
@@ -223,7 +223,7 @@ def list_pairs(kind, settings):
     """The pairs (what, (kind, setting, number), the same of what is subtracted) that the claims are about."""
     for number in ("right", "sampled 1", "nll", "entropy"):
         for setting in settings:
-            base = "midpoint T=3" if setting.startswith("midpoint") else "T=2"
+            base = setting.partition("T=")[0] + ("T=3" if setting.startswith("midpoint") else "T=2")
             if setting not in ("T=1", base):
                 yield f"{number}: {setting} minus {base}", (kind, setting, number), (kind, base, number)
         for many, few in (("T=32", "T=16"), ("midpoint T=15", "midpoint T=7"),
