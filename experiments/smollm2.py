@@ -39,7 +39,7 @@ TEMPERATURES = (1.0, 0.7, 0.5, 0.3)
 STEPS = (1, 2, 4, 8, 16, 32)        # of the default grid
 MIDPOINT = (3, 7, 15)               # of the authors' solver, whose last evaluation is at t = 1
 LAST = 15 / 16                      # the last time of the default grid from T = 16 on
-TIMES = ((2, 0.001), (2, LAST), (4, LAST))      # T and its last time: is it the steps, or only the time?
+TIMES = ((2, 0.001), (2, LAST), (4, LAST), (16, 0.5))     # T and its last time: which of the two is it?
 SWAPPED = (2, 4, 16)                # T with the sampler of the other training: which of the two does it?
 KINDS = {"l2d": "L2D", "lora_path": "L2D, LoRA path", "paper": "L2D, the paper's start and input",
          "unroll": "L2D, trained through Algorithm 1", "lora": "LoRA", "full": "full finetuning",
@@ -245,14 +245,18 @@ def list_pairs(kind, settings):
         yield f"{control} minus T=16, sampled", (control, "T=1", "sampled 1"), (kind, "T=16", "sampled 1")
 
 
-def list_differences(means, bootstrap):
-    """The differences of list_pairs, problem by problem: [(what, [difference, lower end, upper end])]."""
+def list_differences(rows, means, bootstrap):
+    """The differences of list_pairs, problem by problem: [(what, [difference, lower end, upper end])].
+
+    Settings of one kind are compared where the same seeds have both.
+    """
+    seeds = {(row["kind"], row["setting"]): row["seeds"] for row in rows}
     found = []
     kinds = sorted({kind for kind, _, _ in means} - set(CONTROLS), key=list(KINDS).index)
     for kind in kinds:
         settings = list(dict.fromkeys(setting for other, setting, _ in means if other == kind))
         for what, a, b in list_pairs(kind, settings):
-            if a in means and b in means:
+            if a in means and b in means and (a[0] != b[0] or seeds[a[:2]] == seeds[b[:2]]):
                 found.append((f"{kind}, {what}", bootstrap.ratio(means[a] - means[b])))
     return found
 
@@ -321,7 +325,7 @@ def main(argv=None):
         return
     runs = read_runs(config)
     rows, means, bootstrap = compare(runs)
-    differences = list_differences(means, bootstrap)
+    differences = list_differences(rows, means, bootstrap)
     print_tables(rows, differences)
     kept = ("command", "commit", "torch", "machine", "weights_sha256", "training", "val_loss")
     made = {f"{kind}_s{seed}": {key: record[key] for key in kept}
