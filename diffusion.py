@@ -168,7 +168,7 @@ class SamplerConfig:                # `--help` prints the comments of this class
     t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0: evenly up to t_end
     relaxation: float = 0.5         # fixed_point: weight of the newest guess
     tol: float = 0.1                # adaptive: error allowed per solver step
-    stop: float = 0.0               # end at a guess that repeats, this close to the mean of those before
+    stop: float = 0.0               # end where a guess repeats, this close to the mean before; 0: never
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # what x_t moves to: a token, or a mean
     guidance: float = 1.0           # w of Eq. 7; 1: off. Needs a group
     temperature: float = 0.0        # of the choice of the token; 0: the most probable

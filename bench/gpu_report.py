@@ -305,9 +305,14 @@ def time_decoding(config, device, dtype, batch=1):
     yield f"decoding {batch}", None, rows
 
 
+def count_weights(model):
+    """Bytes of the parameters."""
+    return sum(p.nbytes for p in model.parameters())
+
+
 def count_needed(model, batch, length):
     """Bytes that decoding needs at least: weights, keys and values of all texts, and their logits."""
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = count_weights(model)
     logits = 4 * batch * len(model.trunk.wte.weight)
     return weights + batch * count_cache_bytes(model, length) + logits
 
@@ -322,7 +327,7 @@ def measure_memory(f, model, device):
     before = torch.cuda.memory_allocated()                        # with other models in this process
     torch.cuda.reset_peak_memory_stats()
     f()
-    return torch.cuda.max_memory_reserved() - before + sum(p.nbytes for p in model.parameters())
+    return torch.cuda.max_memory_reserved() - before + count_weights(model)
 
 
 def first_run(f, device):

@@ -121,7 +121,7 @@ def measure(config):
     asked = {"split": config.split, "limit": config.limit, "shots": config.shots, "seed": config.seed,
              "rows": config.rows, "dtype": config.dtype, "weights_sha256": checkpoint["sha256"]}
     name = f"measured_{config.split}" + (f"_{config.shots}shots" if config.shots else "")
-    name += "_float32" if config.dtype == "float32" else ""
+    name += f"_{config.dtype}" if config.dtype != Config.dtype else ""
     path = os.path.join(config.measure, f"{name}.json")
     before = read_before(path, asked)
     settings = list_settings(checkpoint, model.path is not None, config.shots)

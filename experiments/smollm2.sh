@@ -75,11 +75,11 @@ part() {
     esac
 }
 
-case $#-${1:-} in
-0-) ;;                                          # everything
-1-data | 1-compare | [2-9]-*) part "$@"; exit ;;
-*)  echo "error: '$*' lacks a seed, such as in: $0 l2d 0" >&2; exit 2 ;;
-esac
+if [ $# -eq 1 ] && [ "$1" != data ] && [ "$1" != compare ]; then
+    echo "error: '$1' lacks a seed, such as in: $0 l2d 0" >&2
+    exit 2
+fi
+if [ $# -gt 0 ]; then part "$@"; exit; fi
 part data
 for seed in 0 1 2; do
     for name in l2d full lora; do part $name $seed; part measure $name $seed; done

@@ -37,8 +37,8 @@ class Store:
     """What the rows of a batch keep, at fixed addresses: keys and values, groups, noise. And graphs on it.
 
     sizes: (B, S, M, D, U), the most rows, positions, new tokens, dimensions of the token space and uniform
-    numbers. kv: from the trunk; says how many layers and heads there are. All begins
-    at 0: what a mask hides must be finite.
+    numbers. kv: from the trunk; it says how many layers and heads there are. All begins at 0: what a mask
+    hides must be finite.
     """
     def __init__(self, model, tables, sizes, kv):
         weight = model.trunk.wte.weight
