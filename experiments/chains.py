@@ -26,6 +26,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -162,46 +163,52 @@ def compute_loss(model, idx, at, y, most_calls, generator):
     """The mean loss over the answers. L2D: after Algorithm 1, with a random number of path calls."""
     if not model.path:
         return diffusion.trunk_nll(model, idx, at, y).mean()
-    x_0 = diffusion.draw(len(y), PATH, generator)[1]
+    x_0 = diffusion.draw(len(y), model.path.config, generator)[1]
     group = torch.full((len(idx),), model.no_group)
     steps = diffusion.draw_steps(most_calls, generator)
     return diffusion.unrolled_nll(model, idx, at, y, group, x_0, steps).mean()
 
 
-def train(model, method, seed):
-    """Train with AdamW. In each phase the rate rises over 100 steps, then falls to a tenth of its peak."""
-    phases, learning_rate, batch_size = plan_training(method)
-    rng = random.Random(7 * seed + 2)
+def train(model, phases, learning_rate, draw, seed, name, every=200):
+    """Train with AdamW. In each phase the rate rises over 100 steps, but at most a quarter of the phase, and
+    falls to a tenth of its peak.
+
+    phases: as PHASES. draw(most_links): a batch, as draw_batch returns it. every: steps between two reports.
+    """
     generator = torch.Generator().manual_seed(seed)
     params = [p for p in model.parameters() if p.requires_grad]
     start = time.time()
     for max_iters, most_links, most_calls in phases:
         optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), weight_decay=0.01)
+        warmup_iters = min(100, max(1, max_iters // 4))
         mean = 0.0
         for iter_num in range(max_iters):
             for param_group in optimizer.param_groups:
                 decay = 1 - 0.9 * iter_num / max_iters
-                param_group["lr"] = learning_rate * min(1, (iter_num + 1) / 100) * decay
-            idx, at, y, _ = draw_batch(rng, batch_size, most_links)
+                param_group["lr"] = learning_rate * min(1, (iter_num + 1) / warmup_iters) * decay
+            idx, at, y, _ = draw(most_links)
             loss = compute_loss(model, idx, at, y, most_calls, generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             mean += (loss.item() - mean) / min(iter_num + 1, 50)
-            if (iter_num + 1) % 200 == 0:
-                print(f"{method} seed {seed}, up to {most_links} links: iter {iter_num + 1}/{max_iters}  "
-                      f"loss {mean:.4f}  {time.time() - start:.0f} s", flush=True)
+            if (iter_num + 1) % every == 0:
+                print(f"{name}, up to {most_links} links: iter {iter_num + 1}/{max_iters}  loss {mean:.4f}  "
+                      f"{time.time() - start:.0f} s", flush=True)
 
 
-def test(model, seed=TEST_SEED, n=N_TEST, chunk=250):
-    """Answer n test sequences. Returns {T: 1 for each right and 0 for each wrong answer}, and their links."""
+def test(model, steps, draw=draw_batch, seed=TEST_SEED, n=N_TEST, chunk=250):
+    """Answer n test sequences with each T of steps.
+
+    draw(rng, n): a batch, as draw_batch returns it. Returns {T: for each answer 1 if right, else 0}, and the
+    links of each answer.
+    """
     rng = random.Random(seed)
-    steps = STEPS if model.path else (1,)
     right = {T: [] for T in steps}
     links = []
     for start in range(0, n, chunk):
-        idx, at, y, n_links = draw_batch(rng, chunk)
+        idx, at, y, n_links = draw(rng, chunk)
         links += n_links
         for T in steps:
             generator = torch.Generator().manual_seed(start)
@@ -216,10 +223,12 @@ def make(method, seed):
     if (OUT / f"{name}.pt").exists():
         return
     model = make_model(method, seed)
+    phases, learning_rate, batch_size = plan_training(method)
+    draw = partial(draw_batch, random.Random(7 * seed + 2), batch_size)
     start = time.time()
-    train(model, method, seed)
+    train(model, phases, learning_rate, draw, seed, f"{method} seed {seed}")
     seconds = time.time() - start
-    right, links = test(model)
+    right, links = test(model, STEPS if model.path else (1,))
     record = {"method": method, "seed": seed, "seconds": round(seconds), "commit": commit(), "links": links,
               "right": right}
     write_json(OUT / f"{name}.json", record, levels=2)

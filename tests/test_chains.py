@@ -56,7 +56,7 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(chains, "OUT", tmp_path / "out")
     monkeypatch.setattr(chains, "HERE", tmp_path)
     monkeypatch.setattr(chains, "STEPS", (1, 2, 8))
-    monkeypatch.setattr(chains.test, "__defaults__", (chains.TEST_SEED, 50, 25))
+    monkeypatch.setattr(chains.test, "__defaults__", (chains.draw_batch, chains.TEST_SEED, 50, 25))
     monkeypatch.setattr(chains, "plan_training", lambda method: ([(3, 3, 4)], 1e-3, 4))
     for method in ("trunk", "l2d", "loop8"):
         chains.main([f"--method={method}"])

@@ -24,7 +24,7 @@ COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```
             for line in block.splitlines()]
 BENCH = import_module("bench.__main__")
 CONFIGS = {"train.py": train.Config, "sample.py": sample.Config, "evaluate.py": evaluate.Config, "bench": BENCH.Config}
-EXPERIMENTS = [import_module(name).Config for name in ("chains", "guidance", "results", "animate", "cost", "smollm2")]
+EXPERIMENTS = [import_module(name).Config for name in ("chains", "guidance", "results", "animate", "cost", "smollm2", "word_chains")]
 
 
 def test_every_line_reference_points_at_what_it_names():

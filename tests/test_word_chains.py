@@ -1,0 +1,121 @@
+"""experiments/word_chains.py: what is asked has the answer that the sentences give, in ids as in words."""
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+import word_chains
+
+from llama import Llama, LlamaConfig
+
+TINY = LlamaConfig(block_size=256, vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=16, head_size=8, n_hidden=16)
+
+
+class Words:
+    """A tokenizer that gives each word a number, with the space before it."""
+    n_vocab = TINY.vocab_size
+
+    def __init__(self):
+        self.numbers = {}
+
+    def encode_ordinary(self, text):
+        words = re.findall(r"\n|'s| ?\w+|[.?]", text)
+        assert "".join(words) == text
+        return [self.numbers.setdefault(word, len(self.numbers)) for word in words]
+
+    def decode(self, ids):
+        words = list(self.numbers)
+        return "".join(words[i] for i in ids)
+
+
+def follow(text, name):
+    """The front of the line that name is in, by the sentences of a text, and the links on the way."""
+    ahead = dict(re.findall(r"(\w+) follows (\w+)\.", text))
+    links = 0
+    while name in ahead:
+        name = ahead[name]
+        links += 1
+    assert f"{name} is first." in text
+    return name, links
+
+
+@pytest.mark.parametrize("most_links", [1, 3, 8])
+def test_every_answer_is_the_front_of_the_line_that_the_sentences_give(most_links):
+    encoding = Words()
+    idx, (rows, columns), y, links = word_chains.draw_batch(encoding, random.Random(1), 30, most_links)
+    assert max(links) == most_links and len(y) == len(links) == len(rows)
+    for row, column, answer, n_links in zip(rows, columns, y, links):
+        text = encoding.decode(idx[row, :column + 1].tolist())
+        story = text.split("\n")[0]
+        name = re.fullmatch(r"Who leads (\w+)'s line\?", text.split("\n")[-1])[1]
+        front, followed = follow(story, name)
+        assert encoding.decode([answer]) == f" {front}" and followed == n_links
+        assert idx[row, column + 1] == answer
+        assert len(re.findall(r"\w+ (?:follows|is) \w+\.", story)) == word_chains.N_PEOPLE
+
+
+def test_no_line_is_asked_about_twice():
+    """Otherwise the answer to one question would be in the text before another one."""
+    rng = random.Random(2)
+    for _ in range(200):
+        sentences, questions = word_chains.draw_text(rng, word_chains.MOST_LINKS)
+        fronts = [follow("".join(sentences), name)[0] for name, _, _ in questions]
+        assert len(set(fronts)) == len(fronts) <= word_chains.N_ASKED
+
+
+def test_a_path_with_a_block_at_some_layers_reads_the_keys_of_these_layers(monkeypatch):
+    """Poisoned keys and values of another layer change nothing; those of a chosen layer do."""
+    monkeypatch.setattr(word_chains, "LAYERS", (0, 2))
+    torch.manual_seed(0)
+    trunk = Llama(TINY)
+    model = word_chains.SparseL2D(trunk, word_chains.DiffusionPath(trunk, word_chains.PATH, 0))
+    torch.nn.init.normal_(model.path.w[2].weight)
+    idx = torch.randint(0, 64, (2, 9))
+    at = torch.tensor([0, 1]), torch.tensor([4, 8])
+    x_t, t, group = torch.randn(2, 256), torch.full((2,), 0.5), torch.zeros(2, dtype=torch.long)
+    original = trunk.forward
+
+    def poisoned(layer):
+        def forward(idx):
+            h, kv = original(idx)
+            kv[layer] = tuple(x + 1 for x in kv[layer])
+            return h, kv
+        return forward
+
+    def predict():
+        return model(x_t, t, model.read_context(idx, at), group)
+
+    plain = predict()
+    for layer, changes in ((0, True), (1, False), (2, True)):
+        monkeypatch.setattr(trunk, "forward", poisoned(layer))
+        assert torch.equal(predict(), plain) != changes
+
+
+def test_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """The trunk, L2D and a control of few steps, and their table."""
+    monkeypatch.setattr(word_chains, "HERE", tmp_path)
+    monkeypatch.setattr(word_chains, "LAYERS", (0, 2))
+    monkeypatch.setattr(word_chains, "N_TEST", 30)
+    monkeypatch.setattr(word_chains, "STEPS", (1, 2, 4, 8))
+    monkeypatch.setattr(word_chains, "TRUNK_PHASE", [(2, 1, 0)])
+    monkeypatch.setattr(word_chains, "PHASES", [(2, 3, 2), (2, 8, 2)])
+    monkeypatch.setattr(word_chains, "load_hub_tokenizer", lambda name: Words())
+    monkeypatch.setattr(word_chains, "load_llama", lambda name, n_vocab: Llama(TINY))
+    assert "make it first, with --method=trunk" in error_of_run(tmp_path, "l2d")
+    for method in ("trunk", "l2d", "full", "lora"):
+        word_chains.main([f"--method={method}", f"--out_dir={tmp_path}"])
+    word_chains.main([f"--out_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "| L2D, a path of six blocks | 8 | 1 |" in printed and "L2D at T = 8 minus LoRA on the trunk" in printed
+    assert '"minus_2"' in (tmp_path / "word_chains.json").read_text()
+
+
+def error_of_run(folder, method):
+    with pytest.raises(word_chains.UserError) as error:
+        word_chains.main([f"--method={method}", f"--out_dir={folder}"])
+    return str(error.value)
