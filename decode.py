@@ -70,7 +70,7 @@ def generate_one(model, prompt, eot, config, group=None, text_id=0, trace=False,
     device = model.trunk.wte.weight.device
     if tables is None and config.steps > 1:
         tables = Tables(model)
-    x_0, u = draw_noise(model, [text_id], config)                 # (1, max_new_tokens, D), and see there
+    x_0, u = draw_noise(model, [text_id], config)                 # x_0: (1, max_new_tokens, D)
     group = torch.tensor([model.no_group if group is None else group], device=device)
     # a prompt that fills all positions still predicts one token
     n_places = model.trunk.config.block_size - len(prompt) + 1
@@ -179,7 +179,7 @@ class Rows:
         self.cache.keep(i)
 
     def drop_finished(self, config, block_size):
-        """Go on with the rows that have not ended, and may become longer."""
+        """Go on with the rows that have not ended and still have room."""
         going = [i for i, (out, position) in enumerate(zip(self.out, self.positions))
                  if not out.ended and out.predicted < config.max_new_tokens and position < block_size]
         if len(going) < len(self.out):

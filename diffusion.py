@@ -168,7 +168,7 @@ class SamplerConfig:                # `--help` prints the comments of this class
     t_hold: float = 0.5             # fixed_point: time of all path calls but the last; 0: evenly up to t_end
     relaxation: float = 0.5         # fixed_point: weight of the newest guess
     tol: float = 0.1                # adaptive: error allowed per solver step
-    stop: float = 0.0               # end where a guess repeats, this close to the mean before; 0: never
+    stop: float = 0.0               # end when a guess repeats, and is this close to the mean guess; 0: never
     guess: Literal["argmax", "sample", "mean"] = "argmax"  # what x_t moves to: a token, or a mean
     guidance: float = 1.0           # w of Eq. 7; 1: off. Needs a group
     temperature: float = 0.0        # of the choice of the token; 0: the most probable
@@ -209,19 +209,20 @@ class SamplerConfig:                # `--help` prints the comments of this class
         return min((self.steps - 1) / self.steps, 15 / 16)
 
     def plan(self, x_0):
-        """The times of Algorithm 1 and the solver steps between them, which spend `steps` evaluations.
+        """The times of Algorithm 1 and the solver steps between them.
 
-        Path calls that do not fill a whole step are spent first, as Euler's steps. Heun with t_end=1 spends
-        one evaluation less, since there is no velocity at t = 1.
+        The steps take T - 1 evaluations, and the last evaluation is the prediction. If T - 1 is odd, a solver
+        that takes two evaluations per step begins with a step of Euler. Heun with t_end=1 takes one
+        evaluation less, since there is no velocity at t = 1.
         """
-        n_path_calls = self.steps - 1
-        if n_path_calls == 0:
+        n_before = self.steps - 1                                 # evaluations before the last one
+        if n_before == 0:
             return [0.0], []
         if self.solver == "fixed_point":
             step = partial(fixed_point_step, x_0=x_0, relaxation=self.relaxation)
-            return make_time_grid(n_path_calls, self.last_time(), self.t_hold), [step] * n_path_calls
+            return make_time_grid(n_before, self.last_time(), self.t_hold), [step] * n_before
         step, cost = SOLVERS[self.solver]
-        n_steps, n_left = divmod(n_path_calls, cost)
+        n_steps, n_left = divmod(n_before, cost)
         times = make_time_grid(n_left + n_steps, self.last_time())
         return times, [euler_step] * n_left + [step] * n_steps
 
@@ -249,7 +250,7 @@ def find_probability(logits, token):
 
 
 class Tables(dict):
-    """What is the same for every token: V (V_size, D), and for each time the path's condition of all groups.
+    """What is the same for every token: V (V_size, D), and for each time path.condition for every group.
 
     tables[t] is path.condition at t for the groups 0, 1, ..., no_group. It is computed when first asked for.
     """
@@ -274,9 +275,9 @@ class Tables(dict):
 
 
 class Denoiser:
-    """Evaluates f(x_t, t, c) at N positions, and derives the guess x_1_hat from it, for Algorithm 1.
+    """Evaluates f(x_t, t, c) at N positions, and looks up the point x_1_hat of the guess, for Algorithm 1.
 
-    After an evaluation, logits (N, V_size) and guess (N,) are its prediction and its guessed tokens.
+    After an evaluation, logits (N, V_size) are its prediction, and guess (N,) the tokens that it guesses.
     nfe (N,) counts the path calls of each position (number of function evaluations; the trunk's is free).
 
     model: an L2D pair. config: a SamplerConfig. tables: Tables of the model, None for T = 1. c: the Context

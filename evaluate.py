@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from configurator import at_least, configure, require, run, without_effect
 from decode import DecodingConfig, fit_to_trunk, predict_given
 from diffusion import Tables
+from model import PathConfig
 from plumbing.batches import choose_batch
 from plumbing.dataset import Split, load_batch, load_manifest
 from plumbing.device import pick_device
@@ -68,7 +69,7 @@ class Config(DecodingConfig):       # `--help` prints the comments of this class
     limit: int = 0                  # evaluate the first `limit` problems only; 0: all
     group: str = ""                 # guidance group of every problem, by name; empty: none
     use_group: bool = False         # give every problem its own guidance group (the right one)
-    shots: int = 0                  # worked examples before each problem (deviation 11: the paper has none)
+    shots: int = 0                  # worked examples before each problem; the paper has some (deviation 11)
     votes: int = 1                  # answers sampled per problem; the most frequent one counts
     samples: int = 1                # answers sampled per problem; each counts: pass@1 to pass@samples
     run_code: bool = False          # run the code that the model writes, where scoring needs it, in a sandbox
@@ -81,7 +82,7 @@ class Config(DecodingConfig):       # `--help` prints the comments of this class
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: float32 on a CPU
-    hints: ClassVar = {
+    hints: ClassVar = dict.fromkeys(vars(PathConfig()), "it was chosen in training") | {
         "T": "T is --steps",
         "sigma": "sigma was chosen in training (train.py --sigma=8) and is kept in the checkpoint",
         "label": "it is now called --group",

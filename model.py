@@ -13,7 +13,7 @@ Words:
     evaluation   one of these T predictions. The first, at t = 0, is the trunk's own.
     path call    one run of the path for one token. Each of the other T - 1 evaluations takes one. With
                  guidance (Eq. 7) all but the last take two.
-    solver step  a move of x_t from one time to a later one, along the velocity of Eq. 4. Euler's solver takes
+    solver step  a move of x_t from one time to the next, along the velocity of Eq. 4. Euler's solver takes
                  one evaluation for each step, the midpoint method takes two.
 
 Shapes and symbols, here and in diffusion.py:
@@ -61,7 +61,7 @@ class GPTConfig:
 def borrow(module, name, value):
     """Set module.name = value without registering it as a part of the module.
 
-    parameters(), state_dict() and to() then do not see a weight twice that another module owns.
+    parameters(), state_dict() and to() then see a borrowed weight once, in the module that owns it.
     """
     object.__setattr__(module, name, value)
 
@@ -106,7 +106,7 @@ def attention(q, k, v, mask=None):
     is_causal = True if mask is None and Q > 1 else False         # plain bools: torch.compile needs them
     shared = q.size(1) // H
     enable_gqa = True if shared > 1 and is_causal else False
-    if shared > 1 and not is_causal:                              # their heads become further queries of one
+    if shared > 1 and not is_causal:                              # heads that share keys: queries of one head
         q = q.reshape(B, H, shared * Q, size)
         mask = mask.repeat(1, 1, shared, 1) if mask is not None else None
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=enable_gqa)
@@ -170,12 +170,13 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2, the trunk. Parameters have the names of its released checkpoints; the head is tied to wte.
 
-    What a trunk must offer (llama.py has another one), and the rest of the code asks for no more:
+    What a trunk must offer (llama.py has another one):
         config                    a dataclass with block_size, vocab_size and n_embd
         wte                       the embedding, whose rows become the token space
         embed, embed_position     what enters the first block, and the part of it that tells the position
-        h                         the blocks, with linears() and path_block()
+        h                         the blocks, with linears(), and path_block(), which gives one like PathBlock
         forward, head, cross_entropy, head_weight, add_lora, merge_lora
+    A new kind of trunk must also be entered in plumbing/checkpoint.py, families, and plumbing/trunks.py.
     """
     def __init__(self, config):
         super().__init__()
@@ -236,7 +237,7 @@ class GPT(nn.Module):
         return F.cross_entropy(self.head(h).float(), y, reduction="none")
 
     def add_lora(self, rank, alpha):
-        """Wrap every linear map of every block in a LoRA. Of these blocks only the LoRAs then train."""
+        """Wrap every linear map of every block in a LoRA. In a frozen trunk only the LoRAs then train."""
         for block in self.h:
             for owner, name in block.linears():
                 setattr(owner, name, LoRALinear(getattr(owner, name), rank, alpha, owned=True))
@@ -256,7 +257,7 @@ class GPT(nn.Module):
 class PathConfig:                   # `train.py --help` prints the comments of this class
     # the diffusion path
     path_mode: Literal["none", "lora", "full"] = "full"  # no path, a LoRA on the trunk's blocks, or a copy
-    path_init: Literal["trunk", "paper"] = "trunk"  # a new path predicts what the trunk does; or starts off
+    path_init: Literal["trunk", "paper"] = "trunk"  # a new path predicts as the trunk, or has w_d = 0
     lora_rank: int = 32             # of a LoRA path, and of a LoRA on the trunk
     lora_alpha: float = 32.0
     x_dim: int = 256                # D, size of the token space
@@ -373,7 +374,7 @@ def attend_at(q, k, v, at, mask):
 
 
 class DiffusionPath(nn.Module):
-    """The path: as many blocks as the trunk has, initialised from them, and what x_t and t need to enter.
+    """The path: a block for each block of the trunk, initialised from it, and layers that bring in x_t and t.
 
     With path_init="trunk" a new path computes the trunk's hidden states and ignores x_t and t, so the pair
     predicts at every t what the trunk does (deviation 2). With "paper" its gates and w_d start at 0.
@@ -443,7 +444,7 @@ class Context(NamedTuple):
 class L2D(nn.Module):
     """The pair of trunk and path. path = None is the trunk alone.
 
-    The constructor freezes the trunk. Only the controls, which finetune it, undo that.
+    The constructor freezes the trunk. Finetuning it (train.py --trunk_mode) undoes that afterwards.
     no_group: the number that means "no guidance group".
     """
     def __init__(self, trunk, path=None):

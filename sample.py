@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 from configurator import at_least, configure, require, run, without_effect
 from decode import DecodingConfig
 from diffusion import Tables
+from model import PathConfig
 from plumbing.packed import pack
 from plumbing.sampling import find_group
 from plumbing.tokenizer import encode_question
@@ -45,7 +46,7 @@ class Config(DecodingConfig):       # `--help` prints the comments of this class
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
-    hints: ClassVar = {
+    hints: ClassVar = dict.fromkeys(vars(PathConfig()), "it was chosen in training") | {
         "T": "T is --steps",
         "sigma": "sigma was chosen in training (train.py --sigma=8) and is kept in the checkpoint",
         "label": "it is now called --group",

@@ -12,7 +12,7 @@ What trains is chosen by two options:
     full or lora  none          a control: the trunk is finetuned, without a path
     full or lora  full or lora  both at once
 
-The trunk is GPT-2, a model of Llama's type (a folder as the hub has it, a .gguf file, or a name such as
+The trunk is GPT-2, a model of Llama's type (a folder from Hugging Face, a .gguf file, or a name such as
 SmolLM2-135M), the trunk of a checkpoint of this script, or it starts from random weights.
 
 out_dir receives the checkpoints last.pt and best.pt, and metrics.jsonl. What an iteration draws depends only
@@ -92,8 +92,8 @@ class Config(PathConfig):           # `--help` prints the comments of this class
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0          # 0: off
-    # evaluation and progress
-    eval_interval: int = 250        # iterations between evaluations; each writes last.pt, the best best.pt
+    # validation and progress
+    eval_interval: int = 250        # iterations between validations; last.pt is saved, best.pt if better
     eval_examples: int = 500        # examples of the validation split
     log_interval: int = 10
     # machine
@@ -101,7 +101,7 @@ class Config(PathConfig):           # `--help` prints the comments of this class
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: float32 on a CPU
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
     seed: int = 0
-    hints: ClassVar = {
+    hints: ClassVar = dict.fromkeys(vars(diffusion.SamplerConfig()), "it is an option of sample.py") | {
         "steps": "in train.py the number of optimizer steps is --max_iters. --steps is T, of sample.py",
         "T": "T is --steps, of sample.py and evaluate.py; training does not need it",
         "solver": "training does not use a solver; choose it in sample.py and evaluate.py",
@@ -204,7 +204,7 @@ def draw_inputs(config, model, group, n, generator):
 
 @torch.no_grad()
 def estimate_loss(run, config, ranks):
-    """The mean validation loss per target, without groups: of L2D, also for each bin of t, and of the trunk.
+    """The mean validation loss per target, without guidance groups: L2D's, also by bin of t, the trunk's.
 
     Every call draws the same t and noise. Returns a dict of numbers.
     """

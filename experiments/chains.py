@@ -169,11 +169,12 @@ def compute_loss(model, idx, at, y, most_calls, generator):
     return diffusion.unrolled_nll(model, idx, at, y, group, x_0, steps).mean()
 
 
-def train(model, phases, learning_rate, draw, seed, name, every=200):
+def train(model, phases, learning_rate, draw, seed, name, every=200, bfloat16=False):
     """Train with AdamW. In each phase the rate rises over 100 steps, but at most a quarter of the phase, and
     falls to a tenth of its peak.
 
     phases: as PHASES. draw(most_links): a batch, as draw_batch returns it. every: steps between two reports.
+    bfloat16: whether the loss is computed under autocast.
     """
     generator = torch.Generator().manual_seed(seed)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -187,7 +188,9 @@ def train(model, phases, learning_rate, draw, seed, name, every=200):
                 decay = 1 - 0.9 * iter_num / max_iters
                 param_group["lr"] = learning_rate * min(1, (iter_num + 1) / warmup_iters) * decay
             idx, at, y, _ = draw(most_links)
-            loss = compute_loss(model, idx, at, y, most_calls, generator)
+            # one context per step: autocast keeps its copies of the weights until the context ends
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss = compute_loss(model, idx, at, y, most_calls, generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()

@@ -5,14 +5,14 @@ Chains in words, on a real language model: does each step follow a chain further
     python experiments/word_chains.py --trunk=SmolLM2-135M-Instruct --method=l2d --seed=0
     python experiments/word_chains.py --method=table        # of all runs that are there
 
-The task of chains.py, told in English. Eighteen people stand in lines. The text says in random order who
-follows whom, then asks who is at the front of a line:
+The task of chains.py, told in English. Each of eighteen people trusts one, some trust themselves. The text
+says in random order who trusts whom, then asks where it ends:
 
-    Ted follows Meg. Leo is first. Meg follows Leo.
-    Who leads Ted's line? Leo
+    Ted trusts Meg. Leo trusts Leo. Meg trusts Leo.
+    In the end Ted trusts Leo
 
-From the person who is asked about it is up to eight links to the front, every number equally often as far as
-the people suffice. Up to four lines are asked about, each once, so that no answer helps with another one.
+From the person who is asked about it is up to eight links to the end, every number equally often as far as
+the people suffice. Up to four chains are asked about, each once, so that no answer helps with another one.
 
 The trunk is SmolLM2-135M. It is first finetuned to follow at most one link, and then frozen. L2D's path is
 trained through Algorithm 1 as in chains.py, on at most three links and then on all. It has a block at every
@@ -51,7 +51,7 @@ NAMES = tuple("""Ted Meg Leo Tom Ann Bob Sam Kim Joe Max Eva Ben Amy Dan Sue Tim
 N_PEOPLE = 18                       # people of a text
 N_ASKED = 4                         # most questions of a text
 MOST_LINKS = 8
-MOST_BEHIND = 2                     # people behind the one who is asked about
+MOST_BEFORE = 2                     # people of the chain before the one who is asked about
 N_TEST = 200                        # test texts
 TEST_SEED = 27182
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16)  # values of T in the test
@@ -60,7 +60,7 @@ STEPS = (1, 2, 3, 4, 6, 8, 12, 16)  # values of T in the test
 PATH = PathConfig(sigma=0.5, time_scale=30.0)       # of chains.py
 LAYERS = range(4, 30, 5)            # the layers of the trunk beside which the path has a block
 BATCH_SIZE = 8
-TRUNK_PHASE = [(150, 1, 0)]         # optimizer steps, most links, most path calls, as in chains.py
+TRUNK_PHASE = [(100, 1, 0)]         # optimizer steps, most links, most path calls, as in chains.py
 PHASES = [(400, 3, 4), (800, MOST_LINKS, 8)]
 METHODS = {"l2d": "L2D, a path of six blocks", "lora": "LoRA on the trunk", "full": "full finetuning"}
 # Factor on the optimizer steps, for about as much training time as L2D takes.
@@ -79,33 +79,32 @@ class Config:                       # `--help` prints the comments of this class
 
 # -------------------------------------------------------------------------------------------- the task
 def draw_text(rng, most_links):
-    """Draw a text: its sentences, and the questions (who is asked about, who leads the line, links)."""
+    """Draw a text: its sentences, and the questions (who is asked about, the end of the chain, links)."""
     left = rng.sample(NAMES, N_PEOPLE)
     sentences = []
     questions = []
     while left:
         links = rng.randint(0, most_links)
-        n = links + 1 + rng.randint(0, MOST_BEHIND)
-        line = left[:n]                                           # the front comes first
+        n = links + 1 + rng.randint(0, MOST_BEFORE)
+        chain = left[:n]                                          # its end comes first
         left = left[n:]
-        links = min(links, len(line) - 1)
-        questions.append((line[links], line[0], links))
-        sentences.append(f" {line[0]} is first.")
-        sentences += [f" {behind} follows {ahead}." for ahead, behind in zip(line, line[1:])]
+        links = min(links, len(chain) - 1)
+        questions.append((chain[links], chain[0], links))
+        sentences += [f" {a} trusts {b}." for a, b in zip(chain, chain[:1] + chain)]
     rng.shuffle(sentences)
     rng.shuffle(questions)
     return sentences, questions[:N_ASKED]
 
 
 def encode_text(encoding, sentences, questions):
-    """Token ids of a text, and for each question the column of its "?" and the token of its answer."""
+    """Token ids of a text, and for each question the column of its last token and the token of its answer."""
     idx = encoding.encode_ordinary("".join(sentences))
     columns = []
     answers = []
-    for name, front, _ in questions:
-        idx += encoding.encode_ordinary(f"\nWho leads {name}'s line?")
+    for name, end, _ in questions:
+        idx += encoding.encode_ordinary(f"\nIn the end {name} trusts")
         columns.append(len(idx) - 1)
-        idx += encoding.encode_ordinary(f" {front}")
+        idx += encoding.encode_ordinary(f" {end}")
         answers.append(idx[-1])
     return idx, columns, answers
 
@@ -176,8 +175,7 @@ def make(config):
     phases = [(round(n * LENGTH.get(method, 1)), most_links, calls) for n, most_links, calls in phases]
     draw = partial(draw_batch, encoding, random.Random(7 * config.seed + 2), BATCH_SIZE)
     start = time.time()
-    with torch.autocast("cpu", torch.bfloat16):
-        train(model, phases, LEARNING_RATES[method], draw, config.seed, name, every=10)
+    train(model, phases, LEARNING_RATES[method], draw, config.seed, name, every=20, bfloat16=True)
     seconds = time.time() - start
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         right, links = test(model, STEPS if model.path else (1,), partial(draw_batch, encoding), TEST_SEED,

@@ -1,4 +1,4 @@
-"""experiments/word_chains.py: what is asked has the answer that the sentences give, in ids as in words."""
+"""experiments/word_chains.py: what is asked has the answer that the sentences give."""
 import random
 import re
 import sys
@@ -24,7 +24,7 @@ class Words:
         self.numbers = {}
 
     def encode_ordinary(self, text):
-        words = re.findall(r"\n|'s| ?\w+|[.?]", text)
+        words = re.findall(r"\n| ?\w+|[.]", text)
         assert "".join(words) == text
         return [self.numbers.setdefault(word, len(self.numbers)) for word in words]
 
@@ -34,38 +34,37 @@ class Words:
 
 
 def follow(text, name):
-    """The front of the line that name is in, by the sentences of a text, and the links on the way."""
-    ahead = dict(re.findall(r"(\w+) follows (\w+)\.", text))
+    """The end of the chain that name is in, by the sentences of a text, and the links on the way."""
+    trusts = dict(re.findall(r"(\w+) trusts (\w+)\.", text))
     links = 0
-    while name in ahead:
-        name = ahead[name]
+    while trusts[name] != name:
+        name = trusts[name]
         links += 1
-    assert f"{name} is first." in text
     return name, links
 
 
 @pytest.mark.parametrize("most_links", [1, 3, 8])
-def test_every_answer_is_the_front_of_the_line_that_the_sentences_give(most_links):
+def test_every_answer_is_the_end_of_the_chain_that_the_sentences_give(most_links):
     encoding = Words()
     idx, (rows, columns), y, links = word_chains.draw_batch(encoding, random.Random(1), 30, most_links)
     assert max(links) == most_links and len(y) == len(links) == len(rows)
     for row, column, answer, n_links in zip(rows, columns, y, links):
         text = encoding.decode(idx[row, :column + 1].tolist())
         story = text.split("\n")[0]
-        name = re.fullmatch(r"Who leads (\w+)'s line\?", text.split("\n")[-1])[1]
-        front, followed = follow(story, name)
-        assert encoding.decode([answer]) == f" {front}" and followed == n_links
+        name = re.fullmatch(r"In the end (\w+) trusts", text.split("\n")[-1])[1]
+        end, followed = follow(story, name)
+        assert encoding.decode([answer]) == f" {end}" and followed == n_links
         assert idx[row, column + 1] == answer
-        assert len(re.findall(r"\w+ (?:follows|is) \w+\.", story)) == word_chains.N_PEOPLE
+        assert len(re.findall(r"\w+ trusts \w+\.", story)) == word_chains.N_PEOPLE
 
 
-def test_no_line_is_asked_about_twice():
+def test_no_chain_is_asked_about_twice():
     """Otherwise the answer to one question would be in the text before another one."""
     rng = random.Random(2)
     for _ in range(200):
         sentences, questions = word_chains.draw_text(rng, word_chains.MOST_LINKS)
-        fronts = [follow("".join(sentences), name)[0] for name, _, _ in questions]
-        assert len(set(fronts)) == len(fronts) <= word_chains.N_ASKED
+        ends = [follow("".join(sentences), name)[0] for name, _, _ in questions]
+        assert len(set(ends)) == len(ends) <= word_chains.N_ASKED
 
 
 def test_a_path_with_a_block_at_some_layers_reads_the_keys_of_these_layers(monkeypatch):
