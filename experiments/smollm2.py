@@ -104,38 +104,38 @@ def judge_at_temperatures(logits, y):
     return torch.stack([right, nll, entropy, *sampled])
 
 
-@torch.no_grad()
-def measure(config):
-    """Write the sums over the targets of each problem, for each setting, to measured_SPLIT.json of a run."""
-    model, encoding, checkpoint = load(config.measure, "best", config.device, config.dtype)
-    device = model.trunk.wte.weight.device
-    data_dir = checkpoint["config"]["data_dir"]
+def read_problems(config, encoding, data_dir, block_size):
+    """The problems that are measured, as token ids: a Split. Raises UserError if one is too long."""
     problems = load_problems(data_dir, config.split)[:config.limit or None]
     if config.shots:
         pool = load_problems(data_dir, "train")
         problems = [p._replace(prompt=few_shot(p, pool, config.shots)) for p in problems]
     data = make_split([encode_problem(encoding, p) for p in problems], [0] * len(problems), encoding.n_vocab)
     longest = int(np.diff(data.offsets).max()) - 1
-    require(longest <= model.trunk.config.block_size, f"a problem of {config.split} has {longest} tokens, "
-            f"which is beyond the trunk's {model.trunk.config.block_size} positions; use fewer shots")
-    asked = {"split": config.split, "limit": config.limit, "shots": config.shots, "seed": config.seed,
-             "rows": config.rows, "dtype": config.dtype, "weights_sha256": checkpoint["sha256"]}
-    name = f"measured_{config.split}" + (f"_{config.shots}shots" if config.shots else "")
-    name += f"_{config.dtype}" if config.dtype != Config.dtype else ""
-    path = os.path.join(config.measure, f"{name}.json")
-    before = read_before(path, asked)
-    settings = list_settings(checkpoint, model.path is not None, config.shots)
+    require(longest <= block_size, f"a problem of {config.split} has {longest} tokens, which is beyond the "
+            f"trunk's {block_size} positions; use fewer shots")
+    return data
+
+
+def choose_settings(config, settings, before):
+    """Those of `settings` that --settings names, or all, without those in `before`, which are measured."""
     wanted = config.settings.split(",") if config.settings else list(settings)
-    for setting in wanted:
-        require(setting in settings, f"settings={setting!r} is unknown for {config.measure}; there are "
+    for name in wanted:
+        require(name in settings, f"settings={name!r} is unknown for {config.measure}; there are "
                 f"{', '.join(settings)}")
-    settings = {setting: settings[setting] for setting in wanted if setting not in before}
-    tables = Tables(model) if model.path is not None else None
+    return {name: settings[name] for name in wanted if name not in before}
+
+
+@torch.no_grad()
+def sum_by_problem(model, data, settings, config):
+    """For each setting {number: its sum over the targets of each problem}."""
     names = ["n", "right", "nll", "entropy", *(f"sampled {tau:g}" for tau in TEMPERATURES)]
     found = {setting: {name: [] for name in names} for setting in settings}
-    for start in tqdm(range(0, len(problems), config.rows), disable=not sys.stderr.isatty()):
-        ids = range(start, min(start + config.rows, len(problems)))
-        idx, at, y, _ = load_batch(data, ids, device)
+    tables = Tables(model) if model.path is not None else None
+    n = len(data.groups)
+    for start in tqdm(range(0, n, config.rows), disable=not sys.stderr.isatty()):
+        ids = range(start, min(start + config.rows, n))
+        idx, at, y, _ = load_batch(data, ids, model.trunk.wte.weight.device)
         c = model.read_context(idx, at)
         group = torch.full_like(y, model.no_group)
         for setting, sampler in settings.items():
@@ -144,12 +144,31 @@ def measure(config):
             sums = torch.zeros(len(names), len(ids), dtype=torch.float64).index_add_(1, at[0].cpu(), values)
             for name, of_problems in zip(names, sums.tolist()):
                 found[setting][name] += [round(x, 6) for x in of_problems]
-        print(f"{ids.stop} of {len(problems)} problems", flush=True)
+        print(f"{ids.stop} of {n} problems", flush=True)
+    return found
+
+
+def measure(config):
+    """Write the sums over the targets of each problem, for each setting, to measured_SPLIT.json of a run."""
+    model, encoding, checkpoint = load(config.measure, "best", config.device, config.dtype)
+    data = read_problems(config, encoding, checkpoint["config"]["data_dir"], model.trunk.config.block_size)
+    asked = {"split": config.split, "limit": config.limit, "shots": config.shots, "seed": config.seed,
+             "rows": config.rows, "dtype": config.dtype, "weights_sha256": checkpoint["sha256"]}
+    name = f"measured_{config.split}" + (f"_{config.shots}shots" if config.shots else "")
+    name += f"_{config.dtype}" if config.dtype != Config.dtype else ""
+    path = os.path.join(config.measure, f"{name}.json")
+    before = read_before(path, asked)
+    settings = list_settings(checkpoint, model.path is not None, config.shots)
+    settings = choose_settings(config, settings, before)
+    if not settings:
+        print(f"{path} has it all")
+        return
+    found = sum_by_problem(model, data, settings, config)
     for setting, sums in found.items():
-        means = [f"{name} {sum(sums[name]) / sum(sums['n']):.4f}" for name in names[1:]]
+        means = [f"{name} {sum(values) / sum(sums['n']):.4f}" for name, values in sums.items() if name != "n"]
         print(setting, *means)
     record = asked | {"training": checkpoint["config"], "val_loss": checkpoint["best_val_loss"],
-                      "sums": before | found} | provenance(device)
+                      "sums": before | found} | provenance(model.trunk.wte.weight.device)
     write_json(path, record, levels=3)
 
 
@@ -231,7 +250,7 @@ def list_pairs(kind, settings):
             yield f"{number}: {many} minus {few}", (kind, many, number), (kind, few, number)
     if kind != "l2d":
         for number in ("right", "sampled 1", "nll", "entropy"):
-            for setting in settings:
+            for setting in [setting for setting in settings if setting != "T=1"]:     # the trunk is the same
                 yield f"{number}: {setting} minus l2d's", (kind, setting, number), ("l2d", setting, number)
     for setting in ("T=16", "midpoint T=15"):
         many = kind, setting, "sampled 1"
