@@ -62,6 +62,9 @@ part() {
     lora_path)  train lora_path "$2" --path_mode=lora --learning_rate=6e-4 --sigma=16 ;;
     paper)      train paper "$2" --path_mode=full --learning_rate=6e-4 --sigma=16 \
                     --path_init=paper --input_scale=unit --time_scale=1 ;;
+    # claim 6: chains in words. First "words trunk 0"; then "words l2d 0", and full and lora; then "words table"
+    words)      run python experiments/word_chains.py --trunk="$trunk" --out_dir="$root/words" --method="$2" \
+                    --seed="${3:-0}" ;;
     # "measure NAME SEED", or "measure NAME SEED --shots=5" for the trunk below it, after five examples
     measure)    run python experiments/smollm2.py --measure="$root/$2_s$3" $few $rows "${@:4}" ;;
     # answers that the model writes, greedy and at temperature 1
@@ -87,4 +90,5 @@ done
 for name in lora_path paper unroll; do part $name 0; part measure $name 0; done
 part measure l2d 0 --shots=5
 for seed in 0 1 2; do part exact l2d $seed 1,2,16; part exact full $seed 1; part exact lora $seed 1; done
+for method in trunk l2d full lora table; do part words $method; done
 part compare

@@ -24,6 +24,7 @@ from plumbing.trained import load
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 import smollm2
+import word_chains
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,8 @@ def test_some_settings_alone_and_then_the_others(root, tmp_path):
 
 
 def test_every_command_has_options_that_exist():
-    kinds = {"train.py": train.Config, "evaluate.py": evaluate.Config, "experiments/smollm2.py": smollm2.Config}
+    kinds = {"train.py": train.Config, "evaluate.py": evaluate.Config, "experiments/smollm2.py": smollm2.Config,
+             "experiments/word_chains.py": word_chains.Config}
     env = {name: value for name, value in os.environ.items() if name not in ("SMOLLM2", "TRUNK", "GSM8K")}
     listed = subprocess.run(["bash", "experiments/smollm2.sh"], capture_output=True, text=True, check=True,
                             cwd=EXPERIMENTS.parent, env=env | {"LIST": "1"})
