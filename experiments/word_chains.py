@@ -15,9 +15,8 @@ From the person who is asked about it is up to eight links to the end, every num
 the people suffice. Up to four chains are asked about, each once, so that no answer helps with another one.
 
 The trunk is SmolLM2-135M. It is first finetuned to follow at most one link, and then frozen. L2D's path is
-trained through Algorithm 1 as in chains.py, on at most three links and then on all. It has a block at every
-fifth layer of the trunk's thirty: a path with all thirty follows two or three links within a single call.
-Controls start from the same trunk, and train for as long.
+trained through Algorithm 1 as in chains.py, on at most three links and then on all. Controls start from the
+same trunk, and train for about as long.
 """
 import json
 import random
@@ -58,13 +57,14 @@ STEPS = (1, 2, 3, 4, 6, 8, 12, 16)  # values of T in the test
 
 # models and training
 PATH = PathConfig(sigma=0.5, time_scale=30.0)       # of chains.py
-LAYERS = range(4, 30, 5)            # the layers of the trunk beside which the path has a block
 BATCH_SIZE = 8
-TRUNK_PHASE = [(100, 1, 0)]         # optimizer steps, most links, most path calls, as in chains.py
-PHASES = [(400, 3, 4), (800, MOST_LINKS, 8)]
-METHODS = {"l2d": "L2D, a path of six blocks", "lora": "LoRA on the trunk", "full": "full finetuning"}
-# Factor on the optimizer steps, for about as much training time as L2D takes.
-LENGTH = {"l2d": 1, "lora": 0.7, "full": 0.6}
+METHODS = {"l2d": "L2D", "lora": "LoRA on the trunk", "full": "full finetuning"}
+PHASES = {                          # optimizer steps, most links, most path calls, as in chains.py
+    "trunk": [(100, 1, 0)],
+    "l2d": [(300, 3, 4), (450, MOST_LINKS, 8)],
+    "full": [(240, 3, 0), (480, MOST_LINKS, 0)],
+    "lora": [(240, 3, 0), (480, MOST_LINKS, 0)],
+}
 LEARNING_RATES = {"trunk": 2e-4, "l2d": 3e-4, "lora": 6e-4, "full": 2e-4}
 HERE = Path(__file__).parent
 
@@ -129,17 +129,6 @@ def draw_batch(encoding, rng, n, most_links=MOST_LINKS):
 
 
 # ------------------------------------------------------------------------------------ models and training
-class SparseL2D(L2D):
-    """A pair whose path has blocks beside some layers of the trunk alone: LAYERS."""
-    def __init__(self, trunk, path):
-        super().__init__(trunk, path)
-        path.h = torch.nn.ModuleList(path.h[i] for i in LAYERS)
-
-    def read_context(self, idx, at):
-        c = super().read_context(idx, at)
-        return c._replace(kv=[c.kv[i] for i in LAYERS])
-
-
 def make_model(config, trunk, method):
     """The pair of a method. All but the trunk's own training start from the trunk that follows one link."""
     torch.manual_seed(config.seed)
@@ -152,7 +141,7 @@ def make_model(config, trunk, method):
         raise UserError(f"there is no {path}; make it first, with --method=trunk")
     trunk.load_state_dict(torch.load(path, weights_only=True))
     if method == "l2d":
-        return SparseL2D(trunk.bfloat16(), DiffusionPath(trunk, PATH, 0).float())
+        return L2D(trunk.bfloat16(), DiffusionPath(trunk, PATH, 0).float())
     model = L2D(trunk)
     if method == "lora":
         trunk.add_lora(32, 32.0)
@@ -171,18 +160,16 @@ def make(config):
         return
     encoding = load_hub_tokenizer(config.trunk)
     model = make_model(config, load_llama(config.trunk, encoding.n_vocab), method)
-    phases = TRUNK_PHASE if method == "trunk" else PHASES
-    phases = [(round(n * LENGTH.get(method, 1)), most_links, calls) for n, most_links, calls in phases]
     draw = partial(draw_batch, encoding, random.Random(7 * config.seed + 2), BATCH_SIZE)
     start = time.time()
-    train(model, phases, LEARNING_RATES[method], draw, config.seed, name, every=20, bfloat16=True)
+    train(model, PHASES[method], LEARNING_RATES[method], draw, config.seed, name, every=20, bfloat16=True)
     seconds = time.time() - start
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         right, links = test(model, STEPS if model.path else (1,), partial(draw_batch, encoding), TEST_SEED,
                             N_TEST, chunk=50)
     print(f"{name}: " + "  ".join(f"T={T} {sum(r) / len(r):.3f}" for T, r in right.items()), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"method": method, "seed": config.seed, "seconds": round(seconds), "phases": phases,
+    record = {"method": method, "seed": config.seed, "seconds": round(seconds), "phases": PHASES[method],
               "links": links, "right": right} | provenance(torch.device("cpu"))
     write_json(path, record, levels=2)
     if method == "trunk":
