@@ -19,7 +19,7 @@ out_dir receives the checkpoints last.pt and best.pt, and metrics.jsonl. What an
 on the seed, the iteration and the micro-batch. So a resumed run is the same run. And eight ranks with one
 micro-batch each are the same run as one process with --gradient_accumulation_steps=8.
 
-Ctrl-C and SIGTERM finish this iteration or a few, save, and end with status 130 or 143. A second ends at once.
+Ctrl-C and SIGTERM finish the iteration, save, and end with status 130 or 143. A second one ends at once.
 """
 import os
 
