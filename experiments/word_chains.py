@@ -63,7 +63,7 @@ PHASES = {                          # optimizer steps, most links, most path cal
     "trunk": [(100, 1, 0)],
     "l2d": [(300, 3, 4), (450, MOST_LINKS, 8)],
     "full": [(240, 3, 0), (480, MOST_LINKS, 0)],
-    "lora": [(240, 3, 0), (480, MOST_LINKS, 0)],
+    "lora": [(200, 3, 0), (400, MOST_LINKS, 0)],
 }
 LEARNING_RATES = {"trunk": 2e-4, "l2d": 3e-4, "lora": 6e-4, "full": 2e-4}
 HERE = Path(__file__).parent
