@@ -39,7 +39,8 @@ TEMPERATURES = (1.0, 0.7, 0.5, 0.3)
 STEPS = (1, 2, 4, 8, 16, 32)        # of the default grid
 MIDPOINT = (3, 7, 15)               # of the authors' solver, whose last evaluation is at t = 1
 LAST = 15 / 16                      # the last time of the default grid from T = 16 on
-TIMES = ((2, 0.001), (2, LAST), (4, LAST), (16, 0.5))     # T and its last time: which of the two is it?
+# T and its last time: which of the two is it?
+TIMES = ((2, 0.001), (2, LAST), (4, LAST), (16, 0.5), (16, 0.75), (16, 0.875))
 SWAPPED = (2, 4, 16)                # T with the sampler of the other training: which of the two does it?
 KINDS = {"l2d": "L2D", "lora_path": "L2D, LoRA path", "paper": "L2D, the paper's start and input",
          "unroll": "L2D, trained through Algorithm 1", "lora": "LoRA", "full": "full finetuning",
