@@ -247,7 +247,8 @@ def list_pairs(kind, settings):
             if setting not in ("T=1", base):
                 yield f"{number}: {setting} minus {base}", (kind, setting, number), (kind, base, number)
         for many, few in (("T=32", "T=16"), ("midpoint T=15", "midpoint T=7"),
-                          ("T=16", f"T=2 to t={LAST:.4g}"), ("T=16", f"T=4 to t={LAST:.4g}")):
+                          ("T=16", f"T=2 to t={LAST:.4g}"), ("T=16", f"T=4 to t={LAST:.4g}"),
+                          ("T=16 to t=0.75", "T=4"), ("T=16 to t=0.875", "T=8")):
             yield f"{number}: {many} minus {few}", (kind, many, number), (kind, few, number)
     if kind != "l2d":
         for number in ("right", "sampled 1", "nll", "entropy"):
