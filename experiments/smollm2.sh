@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M on GSM8K: the runs behind docs/results/15_real_language_model.md. Finished runs are kept, and
-# interrupted ones go on, but for those of the chains in words, which begin again. Data and runs go to out/smollm2, or to the folder SMOLLM2. Everything, in order:
+# interrupted ones go on, but for those of the chains in words, which begin again. Data and runs go to out/smollm2,
+# or to the folder SMOLLM2. Everything, in order:
 #     bash experiments/smollm2.sh
 # One part of it, to run several side by side (the parts are listed in the function part below):
 #     bash experiments/smollm2.sh l2d 0
