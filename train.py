@@ -105,8 +105,6 @@ class Config(PathConfig):           # `--help` prints the comments of this class
         "steps": "in train.py the number of optimizer steps is --max_iters. --steps is T, of sample.py",
         "T": "T is --steps, of sample.py and evaluate.py; training does not need it",
         "solver": "training does not use a solver; choose it in sample.py and evaluate.py",
-        "label_dropout": "it is now called --group_dropout",
-        "grad_accum": "it is now called --gradient_accumulation_steps",
     }
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """
 Ranks: the processes that torchrun starts for one run. Here they meet, add up numbers, and end together.
 """
+import gc
 import os
 import signal
 import sys
@@ -86,6 +87,7 @@ class Ranks:
         """Leave the other ranks, once all have come here: one that leaves early may abort one that works."""
         if self.world > 1:
             self.any(False)
+            gc.collect()                # DDP's objects hold the group, whose threads must not outlive Python
             dist.destroy_process_group()
 
 
