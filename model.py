@@ -174,9 +174,9 @@ class GPT(nn.Module):
         config                    a dataclass with block_size, vocab_size and n_embd
         wte                       the embedding, whose rows become the token space
         embed, embed_position     what enters the first block, and the part of it that tells the position
-        h                         the blocks, with linears(), and path_block(), which gives one like PathBlock
+        h                         the blocks, with linears(), and path_block(), which makes a PathBlock
         forward, head, cross_entropy, head_weight, add_lora, merge_lora
-    A new kind of trunk must also be entered in plumbing/checkpoint.py, families, and plumbing/trunks.py.
+    A new kind is also entered in families (plumbing/checkpoint.py) and in load_trunk (plumbing/trunks.py).
     """
     def __init__(self, config):
         super().__init__()

@@ -202,7 +202,7 @@ def draw_inputs(config, model, group, n, generator):
 
 @torch.no_grad()
 def estimate_loss(run, config, ranks):
-    """The mean validation loss per target, without guidance groups: L2D's, also by bin of t, the trunk's.
+    """Mean validation losses per target, no guidance groups: L2D's, L2D's by bin of t, and the trunk's.
 
     Every call draws the same t and noise. Returns a dict of numbers.
     """

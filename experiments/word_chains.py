@@ -11,8 +11,9 @@ says in random order who trusts whom, then asks where it ends:
     Ted trusts Meg. Leo trusts Leo. Meg trusts Leo.
     In the end Ted trusts Leo
 
-From the person who is asked about it is up to eight links to the end, every number equally often as far as
-the people suffice. Up to four chains are asked about, each once, so that no answer helps with another one.
+The person asked about is up to eight links from the end. Every number of links is drawn equally often, but
+the last chain of a text is cut short where the people run out. Up to four chains are asked about, each once.
+Whoever has been named as an answer is not the next one, so guessing gets easier from question to question.
 
 The trunk is SmolLM2-135M. It is first finetuned to follow at most one link, and then frozen. L2D's path is
 trained through Algorithm 1 as in chains.py, on at most three links and then on all. Controls start from the
@@ -129,10 +130,10 @@ def draw_batch(encoding, rng, n, most_links=MOST_LINKS):
 
 
 # ------------------------------------------------------------------------------------ models and training
-def make_model(config, trunk, method):
+def make_model(config, trunk):
     """The pair of a method. All but the trunk's own training start from the trunk that follows one link."""
     torch.manual_seed(config.seed)
-    if method == "trunk":
+    if config.method == "trunk":
         model = L2D(trunk)
         trunk.requires_grad_(True)
         return model
@@ -140,11 +141,11 @@ def make_model(config, trunk, method):
     if not path.exists():
         raise UserError(f"there is no {path}; make it first, with --method=trunk")
     trunk.load_state_dict(torch.load(path, weights_only=True))
-    if method == "l2d":
+    if config.method == "l2d":
         return L2D(trunk.bfloat16(), DiffusionPath(trunk, PATH, 0).float())
     model = L2D(trunk)
-    if method == "lora":
-        trunk.add_lora(32, 32.0)
+    if config.method == "lora":
+        trunk.add_lora(PATH.lora_rank, PATH.lora_alpha)
     else:
         trunk.requires_grad_(True)
     return model
@@ -159,7 +160,7 @@ def make(config):
         print(f"{path} is there already")
         return
     encoding = load_hub_tokenizer(config.trunk)
-    model = make_model(config, load_llama(config.trunk, encoding.n_vocab), method)
+    model = make_model(config, load_llama(config.trunk, encoding.n_vocab))
     draw = partial(draw_batch, encoding, random.Random(7 * config.seed + 2), BATCH_SIZE)
     start = time.time()
     train(model, PHASES[method], LEARNING_RATES[method], draw, config.seed, name, every=20, bfloat16=True)
@@ -189,10 +190,24 @@ def read_runs(out_dir):
     return found
 
 
-def count_per_text(runs, T, n_asked):
-    """Right answers in each test text with T evaluations, the mean over the seeds: (texts,)."""
-    right = np.mean([run["right"][str(T)] for run in runs], axis=0)
-    return np.add.reduceat(right, np.cumsum([0, *n_asked[:-1]]))
+def share_right(runs, T):
+    """For each answer with T evaluations the share of the seeds that have it right."""
+    return np.mean([run["right"][str(T)] for run in runs], axis=0)
+
+
+def make_rows(method, runs, sums, bootstrap):
+    """A row for each T, a dict. sums: shares of answers -> their sum over each test text."""
+    links = np.array(runs[0]["links"])
+    rows = []
+    for T in map(int, runs[0]["right"]):
+        right = share_right(runs, T)
+        row = {"method": METHODS[method], "steps": T, "seeds": [run["seed"] for run in runs],
+               "right": bootstrap.ratio(sums(right)),
+               "by_links": [float(right[links == k].mean()) for k in range(MOST_LINKS + 1)]}
+        if T > 2:
+            row["minus_2"] = bootstrap.ratio(sums(right - share_right(runs, 2)))
+        rows.append(row)
+    return rows
 
 
 def show_table(config):
@@ -200,28 +215,22 @@ def show_table(config):
     found = read_runs(config.out_dir)
     rng = random.Random(TEST_SEED)
     n_asked = [len(draw_text(rng, MOST_LINKS)[1]) for _ in range(N_TEST)]
+    firsts = np.cumsum([0, *n_asked[:-1]])                        # the first answer of each text
+    sums = partial(np.add.reduceat, indices=firsts)
     bootstrap = Bootstrap(n_asked)
-    rows = []
-    differences = []
+    rows = [row for method, runs in found.items() for row in make_rows(method, runs, sums, bootstrap)]
     print("| | T | seeds | right | minus T = 2 | by links, 0 to 8 |")
     print("|---" * 6 + "|")
-    for method, runs in found.items():
-        links = np.array(runs[0]["links"])
-        for T in map(int, runs[0]["right"]):
-            count = count_per_text(runs, T, n_asked)
-            each = np.mean([run["right"][str(T)] for run in runs], axis=0)
-            by_links = [float(each[links == k].mean()) for k in range(MOST_LINKS + 1)]
-            row = {"method": METHODS[method], "steps": T, "seeds": [run["seed"] for run in runs],
-                   "right": bootstrap.ratio(count), "by_links": by_links}
-            if T > 2:
-                row["minus_2"] = bootstrap.ratio(count - count_per_text(runs, 2, n_asked))
-            rows.append(row)
-            minus = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["minus_2"]) if T > 2 else ""
-            print("| {} | {} | {} | {:.3f} [{:.3f}, {:.3f}] | {} | {} |".format(
-                METHODS[method], T, len(runs), *row["right"], minus, " ".join(f"{x:.2f}" for x in by_links)))
+    for row in rows:
+        minus = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["minus_2"]) if "minus_2" in row else ""
+        print("| {} | {} | {} | {:.3f} [{:.3f}, {:.3f}] | {} | {} |".format(
+            row["method"], row["steps"], len(row["seeds"]), *row["right"], minus,
+            " ".join(f"{x:.2f}" for x in row["by_links"])))
+    differences = []
     for method in [method for method in found if method != "l2d" and "l2d" in found]:
-        count = count_per_text(found["l2d"], 8, n_asked) - count_per_text(found[method], 1, n_asked)
-        differences.append({"what": f"L2D at T = 8 minus {METHODS[method]}", "value": bootstrap.ratio(count)})
+        difference = sums(share_right(found["l2d"], 8) - share_right(found[method], 1))
+        differences.append({"what": f"L2D at T = 8 minus {METHODS[method]}",
+                            "value": bootstrap.ratio(difference)})
         print("{what}: {value[0]:+.3f} [{value[1]:+.3f}, {value[2]:+.3f}]".format(**differences[-1]))
     kept = ("seed", "seconds", "phases", "commit", "command", "machine", "torch")
     made = {method: [{key: run[key] for key in kept} for run in runs] for method, runs in found.items()}
